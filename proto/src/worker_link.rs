@@ -1,0 +1,180 @@
+//! Messages between the supervisor and one worker, over an inherited socket pair.
+//!
+//! The supervisor speaks first (`Hello`); the worker answers `Ready` when the model is loaded and it can take
+//! jobs, or `StartFailed` and exits with the same code. `Pong` is sent by the worker's step loop, not by its
+//! I/O thread, so that an answer proves that work goes on.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::WireError;
+use crate::event::{Done, Token};
+use crate::exit_code::ExitCode;
+use crate::request::GenerateRequest;
+
+/// File descriptor of the link in a worker.
+pub const WORKER_LINK_FD: i32 = 3;
+/// File descriptor of the model image in a worker, opened read-only.
+pub const WORKER_IMAGE_FD: i32 = 4;
+
+/// From the supervisor to a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToWorker {
+    /// First message: version and everything the worker needs to know.
+    Hello {
+        /// Must be [`crate::PROTOCOL_VERSION`].
+        version: u32,
+        /// Set-up of this worker.
+        setup: WorkerSetup,
+    },
+    /// Takes on a job. `resume` holds the tokens that were already delivered to the client.
+    Job {
+        /// The supervisor's name of the job.
+        job: u64,
+        /// What to do; the seed is always filled in.
+        request: Box<GenerateRequest>,
+        /// Tokens already delivered; the first new token has index `resume.len()`.
+        resume: Vec<u32>,
+    },
+    /// Gives a job up; the worker says nothing more about it.
+    Cancel {
+        /// The supervisor's name of the job.
+        job: u64,
+    },
+    /// Asks the step loop for a sign of life.
+    Ping {
+        /// Comes back in the answer.
+        seq: u64,
+    },
+    /// Finish the jobs on board and exit with code 0.
+    Drain,
+}
+
+/// What a worker is told at the handshake.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerSetup {
+    /// Slot number, for names and logs.
+    pub slot: u32,
+    /// CPUs to pin compute threads to, one thread each. The process affinity is already this set.
+    pub cpus: Vec<u32>,
+    /// What to call the model in messages: a path or `built-in`.
+    pub model_name: String,
+    /// Context window in tokens, at most; 0 takes the model's own.
+    pub ctx: u32,
+    /// Sequences that are worked on together, at most.
+    pub max_batch: u32,
+    /// Prompt tokens processed in one step, at most.
+    pub prefill_chunk: u32,
+    /// `auto`, or the name of an instruction set.
+    pub isa: String,
+    /// `auto`, or the type of the output head.
+    pub head: String,
+    /// `f16`.
+    pub kv_type: String,
+    /// `spin`, `hybrid` or `park`.
+    pub wait: String,
+    /// `auto`, `on` or `off`.
+    pub huge_pages: String,
+}
+
+/// From a worker to the supervisor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromWorker {
+    /// The model is loaded and jobs can come.
+    Ready {
+        /// The worker's protocol version.
+        version: u32,
+        /// What it serves.
+        model: Box<ModelSummary>,
+        /// Seconds from its start to now.
+        load_s: f64,
+    },
+    /// It cannot start; it exits with `exit_code` now.
+    StartFailed {
+        /// Why, as a client may see it.
+        error: WireError,
+        /// The code it exits with.
+        exit_code: ExitCode,
+    },
+    /// One more token of a job.
+    Token {
+        /// The supervisor's name of the job.
+        job: u64,
+        /// The token.
+        token: Token,
+    },
+    /// A job ended well.
+    Done {
+        /// The supervisor's name of the job.
+        job: u64,
+        /// How it ended.
+        done: Done,
+    },
+    /// A job cannot be done (a fault of the request).
+    Failed {
+        /// The supervisor's name of the job.
+        job: u64,
+        /// Why.
+        error: WireError,
+    },
+    /// Answer to `Ping`, from the step loop.
+    Pong {
+        /// From the `Ping`.
+        seq: u64,
+        /// What it does.
+        load: WorkerLoad,
+    },
+}
+
+/// The model as a worker read it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelSummary {
+    /// `general.name`, else the file's name.
+    pub name: String,
+    /// `general.architecture`.
+    pub architecture: String,
+    /// Parameters.
+    pub n_params: u64,
+    /// Context window in tokens.
+    pub n_ctx: u32,
+    /// Vocabulary size.
+    pub n_vocab: u32,
+    /// Layers.
+    pub n_layers: u32,
+    /// Width.
+    pub n_embd: u32,
+    /// Instruction set of the kernels.
+    pub isa: String,
+    /// Type of the output head.
+    pub head: String,
+    /// Size of the model image.
+    pub image_bytes: u64,
+    /// Size of the KV cache at its fullest.
+    pub kv_bytes: u64,
+    /// Whether it has a chat template.
+    pub has_chat_template: bool,
+}
+
+/// What a worker does, as it said last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WorkerLoad {
+    /// Steps of the loop since its start.
+    pub steps: u64,
+    /// Sequences on board.
+    pub sequences: u32,
+    /// Prompt tokens processed since its start.
+    pub prefill_tokens: u64,
+    /// Tokens generated since its start.
+    pub decode_tokens: u64,
+    /// Seconds spent in steps that processed prompts.
+    pub prefill_s: f64,
+    /// Seconds spent in steps that only generated.
+    pub decode_s: f64,
+    /// Tokens in the KV cache.
+    pub kv_tokens: u64,
+    /// Tokens that fit in the KV cache.
+    pub kv_tokens_max: u64,
+}
