@@ -259,7 +259,13 @@ pub struct ListenConfig {
 
 impl Default for ListenConfig {
     fn default() -> Self {
-        Self { socket: None, mode: 0o660, allow_uids: Vec::new(), allow_gids: Vec::new(), max_connections: 1024 }
+        Self {
+            socket: None,
+            mode: 0o660,
+            allow_uids: Vec::new(),
+            allow_gids: Vec::new(),
+            max_connections: 1024,
+        }
     }
 }
 

@@ -1,1 +1,8 @@
-//! placeholder
+//! Pure inference library for ternary (BitNet b1.58) models.
+//!
+//! No async, no sockets, no environment, no logging set-up: bytes of a GGUF file in, tokens out.
+//!
+//! Invariant (promise P4): a token depends on the model, the prompt, the sampling parameters and the seed, and
+//! on nothing else. Integer sums are exact; every float reduction has one order, the same on every path.
+
+pub mod kernels; // What is computed: the scalar definition and its fast twins.

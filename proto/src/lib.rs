@@ -4,13 +4,13 @@
 //! ([`worker_link`]). Both carry JSON in frames with a hard size limit, so that a peer in any language is a
 //! page of code. `proto/PROTOCOL.md` is the specification.
 
-pub mod exit_code;
-pub mod error; // What a failure looks like on the wire.
-pub mod request; // What a client asks for.
-pub mod event; // What comes back, token by token.
 pub mod client_link; // Client <-> supervisor.
-pub mod worker_link; // Supervisor <-> worker.
-pub mod status; // The state of the service.
+pub mod error; // What a failure looks like on the wire.
+pub mod event; // What comes back, token by token.
+pub mod exit_code;
+pub mod request; // What a client asks for.
+pub mod status;
+pub mod worker_link; // Supervisor <-> worker. // The state of the service.
 
 /// Version of both links. A peer with another version is refused at the handshake.
 pub const PROTOCOL_VERSION: u32 = 1;
