@@ -6,3 +6,5 @@
 //! on nothing else. Integer sums are exact; every float reduction has one order, the same on every path.
 
 pub mod kernels; // What is computed: the scalar definition and its fast twins.
+pub mod pool; // Which threads compute it.
+pub mod ternary; // How ternary weights are stored.
