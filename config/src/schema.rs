@@ -1,0 +1,156 @@
+//! Every key there is, with what it means: the source of `example.toml`, of hints and of the check of the docs.
+
+/// One key of the configuration file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// The section it stands in.
+    pub section: &'static str,
+    /// Its name there.
+    pub name: &'static str,
+    /// What it means, one line or more.
+    pub doc: &'static str,
+    /// What to write where the default is that the key is absent.
+    pub example: &'static str,
+}
+
+const fn key(section: &'static str, name: &'static str, doc: &'static str) -> Key {
+    Key { section, name, doc, example: "" }
+}
+
+const fn absent(section: &'static str, name: &'static str, example: &'static str, doc: &'static str) -> Key {
+    Key { section, name, doc, example }
+}
+
+/// The sections in their order, with what they are about.
+pub(crate) const SECTIONS: &[(&str, &str)] = &[
+    ("model", "Which model is served."),
+    (
+        "split",
+        "How the CPUs are divided: a profile, or workers and threads, or a list of CPUs for each worker.",
+    ),
+    ("affinity", "Which CPUs may be used, and how threads and memory are placed on them."),
+    ("engine", "How a worker computes."),
+    ("queue", "Which jobs are let in."),
+    ("restart", "What happens when a worker dies, and when the service stops."),
+    ("watchdog", "When a worker that does not answer counts as hung."),
+    ("listen", "Where clients come in, and who may."),
+    ("log", "What is written to stderr."),
+];
+
+/// Every key, in the order of `example.toml`.
+pub const KEYS: &[Key] = &[
+    absent(
+        "model",
+        "path",
+        "\"models/ggml-model-i2_s.gguf\"",
+        "GGUF file; a relative path starts at the directory of this file. Without it the built-in story model is served.",
+    ),
+    absent("model", "alias", "\"bitnet-2b\"", "The name clients see. Without it the model's own."),
+    key(
+        "model",
+        "head",
+        "Type of the output head: \"auto\" (the engine chooses), \"file\" (as it is in the file), \"q8_0\", \"q6_k\", \"q4_0\".\nIt is made once and shared by all workers.",
+    ),
+    key(
+        "split",
+        "profile",
+        "\"auto\", \"max-throughput\" (one worker on every CPU), \"balanced\" (for 12 CPUs 3 workers with 4 threads),\n\"high-concurrency\" (6 x 2), \"low-latency\" (4 x 3).",
+    ),
+    absent("split", "workers", "3", "Instead of a profile: this many workers …"),
+    absent("split", "threads", "4", "… with this many compute threads each."),
+    absent(
+        "split",
+        "worker",
+        "",
+        "Instead of both: the CPUs of each worker, one `[[split.worker]]` for each.",
+    ),
+    key("affinity", "reserve", "CPUs left to others, such as \"0\" or \"0-1,8\"."),
+    key(
+        "affinity",
+        "smt",
+        "SMT siblings: \"spread\" (a thread on each core first, siblings when cores run out), \"pack\" (both siblings of a\ncore side by side in one worker), \"off\" (one thread on a core, never two).",
+    ),
+    key("affinity", "cores", "Kinds of core: \"all\", \"performance\", \"efficiency\"."),
+    key(
+        "affinity",
+        "numa",
+        "Memory of a worker: \"auto\" (bound to its node if the machine has several), \"bind\", \"preferred\", \"interleave\"\n(over the nodes of its CPUs), \"off\" (left to the kernel).",
+    ),
+    absent("engine", "ctx", "4096", "Context window in tokens. Without it the model's own."),
+    key("engine", "max_batch", "Sequences one worker works on together."),
+    key(
+        "engine",
+        "prefill_chunk",
+        "Prompt tokens in one step, so that a long prompt does not stall the others.",
+    ),
+    key("engine", "kv_type", "Type of the KV cache: \"f16\"."),
+    key(
+        "engine",
+        "isa",
+        "Instruction set: \"auto\", \"scalar\", \"avx2\", \"avx-vnni\", \"avx512-vnni\", \"neon\", \"neon-dotprod\".\nThe answers are the same with each.",
+    ),
+    key(
+        "engine",
+        "wait",
+        "How a compute thread waits for work: \"spin\" (fastest, burns its CPU), \"hybrid\" (spins shortly, then sleeps),\n\"park\" (sleeps at once).",
+    ),
+    key("engine", "huge_pages", "Huge pages for weights and KV cache: \"auto\", \"on\", \"off\"."),
+    key("queue", "max_jobs", "Jobs that wait, at most; the next one is refused as `overloaded`."),
+    key("queue", "max_per_client", "Of those from one client, at most."),
+    key("queue", "max_deaths", "A job that was on board of this many dying workers is given up."),
+    key("restart", "max", "A worker slot that is restarted more often than this …"),
+    key("restart", "window", "… within this time is given up, and the service is degraded."),
+    key("restart", "backoff_min", "Wait before the first restart; it doubles with each further one …"),
+    key("restart", "backoff_max", "… up to this."),
+    key("restart", "start_timeout", "A worker that is not ready after this long is killed."),
+    key("restart", "drain_timeout", "When the service stops, accepted jobs get this long to end."),
+    key("watchdog", "interval", "Time between two pings of a worker's step loop."),
+    key(
+        "watchdog",
+        "timeout",
+        "A worker whose step loop has not answered for this long is killed and replaced.",
+    ),
+    absent(
+        "listen",
+        "socket",
+        "\"/run/bitnetd/bitnetd.sock\"",
+        "Unix socket for clients. Without it /run/bitnetd/bitnetd.sock where that may be written, else\n$XDG_RUNTIME_DIR/bitnetd.sock, else ~/.local/state/bitnetd/bitnetd.sock.",
+    ),
+    key("listen", "mode", "Permission bits of the socket, octal."),
+    key(
+        "listen",
+        "allow_uids",
+        "Uids that may connect, such as [1000, 1001]; empty: whoever the mode lets in.",
+    ),
+    key("listen", "allow_gids", "Gids that may connect; empty: whoever the mode lets in."),
+    key("listen", "max_connections", "Connections open at once, at most."),
+    key("log", "format", "\"text\" for people, \"json\" with one object a line."),
+    key(
+        "log",
+        "level",
+        "\"error\", \"warn\", \"info\", \"debug\", \"trace\" or a filter such as \"info,bitnetd_supervisor=debug\".",
+    ),
+];
+
+/// Keys that are planned and refused until they do something, with what to do until then.
+pub(crate) const NOT_YET: &[(&str, &str)] = &[
+    ("queue.journal", "jobs are kept in memory; remove the key"),
+    ("listen.http_socket", "clients speak the framed protocol on `listen.socket`; remove the key"),
+    ("listen.http_tcp", "clients speak the framed protocol on `listen.socket`; remove the key"),
+    (
+        "listen.api_keys_file",
+        "access is by `listen.mode`, `listen.allow_uids` and `listen.allow_gids`; remove the key",
+    ),
+];
+
+/// Values of `engine.kv_type`.
+pub(crate) const KV_TYPES: &[&str] = &["f16"];
+/// Values of `engine.isa`.
+pub(crate) const ISAS: &[&str] =
+    &["auto", "scalar", "avx2", "avx-vnni", "avx512-vnni", "neon", "neon-dotprod"];
+/// Values of `engine.wait`.
+pub(crate) const WAITS: &[&str] = &["spin", "hybrid", "park"];
+/// Values of `engine.huge_pages`.
+pub(crate) const HUGE_PAGES: &[&str] = &["auto", "on", "off"];
+/// Levels of `log.level`.
+pub(crate) const LOG_LEVELS: &[&str] = &["off", "error", "warn", "info", "debug", "trace"];
