@@ -22,8 +22,10 @@ pub struct Token {
 #[serde(deny_unknown_fields)]
 pub struct TokenLogprobs {
     /// Of the chosen token.
+    #[serde(with = "crate::float::exact_f32")]
     pub logprob: f32,
     /// Of the most likely tokens, best first: (token id, log-probability, text).
+    #[serde(with = "crate::float::top_logprobs")]
     pub top: Vec<(u32, f32, String)>,
 }
 
@@ -68,14 +70,19 @@ pub struct Usage {
 #[serde(deny_unknown_fields)]
 pub struct Timings {
     /// From acceptance to a worker.
+    #[serde(with = "crate::float::finite_f64")]
     pub queue_s: f64,
     /// From the worker's start on it to the last prompt token.
+    #[serde(with = "crate::float::finite_f64")]
     pub prefill_s: f64,
     /// From the first generated token to the last.
+    #[serde(with = "crate::float::finite_f64")]
     pub decode_s: f64,
     /// From acceptance to the first token.
+    #[serde(with = "crate::float::finite_f64")]
     pub ttft_s: f64,
     /// From acceptance to the end.
+    #[serde(with = "crate::float::finite_f64")]
     pub total_s: f64,
     /// Slot that finished the job.
     pub slot: u32,

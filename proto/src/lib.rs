@@ -4,13 +4,21 @@
 //! ([`worker_link`]). Both carry JSON in frames with a hard size limit, so that a peer in any language is a
 //! page of code. `proto/PROTOCOL.md` is the specification.
 
+#![forbid(unsafe_code)]
+
+pub mod client; // The blocking client that the command line uses.
 pub mod client_link; // Client <-> supervisor.
 pub mod error; // What a failure looks like on the wire.
 pub mod event; // What comes back, token by token.
 pub mod exit_code;
+mod float; // Exact floats in JSON.
+pub mod frame; // Bytes <-> messages.
+pub mod handshake;
+pub mod limits;
 pub mod request; // What a client asks for.
-pub mod status;
-pub mod worker_link; // Supervisor <-> worker. // The state of the service.
+pub mod status; // The state of the service.
+mod validate; // Which requests are refused at the door.
+pub mod worker_link; // Supervisor <-> worker.
 
 /// Version of both links. A peer with another version is refused at the handshake.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -79,23 +79,29 @@ pub struct ChatMessage {
 #[serde(deny_unknown_fields, default)]
 pub struct Sampling {
     /// 0 takes the most likely token.
+    #[serde(with = "crate::float::exact_f32")]
     pub temperature: f32,
     /// Keep the k most likely tokens; 0 keeps all.
     pub top_k: u32,
     /// Keep the smallest set of tokens with at least this probability in all; 1 keeps all.
+    #[serde(with = "crate::float::exact_f32")]
     pub top_p: f32,
     /// Keep tokens with at least this share of the most likely one's probability; 0 keeps all.
+    #[serde(with = "crate::float::exact_f32")]
     pub min_p: f32,
     /// Divides positive and multiplies negative logits of recent tokens; 1 is off.
+    #[serde(with = "crate::float::exact_f32")]
     pub repetition_penalty: f32,
     /// How many last tokens (prompt included) the penalties look at; 0 means none.
     pub penalty_last_n: u32,
     /// Subtracted once from the logit of each recent token; 0 is off.
+    #[serde(with = "crate::float::exact_f32")]
     pub presence_penalty: f32,
     /// Subtracted for each occurrence of a recent token; 0 is off.
+    #[serde(with = "crate::float::exact_f32")]
     pub frequency_penalty: f32,
     /// Added to single logits: (token id, bias).
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", with = "crate::float::logit_bias")]
     pub logit_bias: Vec<(u32, f32)>,
     /// Keys the random stream. The supervisor fills it in where a client leaves it out.
     #[serde(skip_serializing_if = "Option::is_none")]

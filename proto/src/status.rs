@@ -12,6 +12,7 @@ pub struct StatusReport {
     /// Pid of the supervisor.
     pub pid: u32,
     /// Seconds since it started.
+    #[serde(with = "crate::float::finite_f64")]
     pub uptime_s: f64,
     /// `ready`, `starting`, `degraded` or `draining`.
     pub health: Health,

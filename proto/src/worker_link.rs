@@ -89,6 +89,7 @@ pub enum FromWorker {
         /// What it serves.
         model: Box<ModelSummary>,
         /// Seconds from its start to now.
+        #[serde(with = "crate::float::finite_f64")]
         load_s: f64,
     },
     /// It cannot start; it exits with `exit_code` now.
@@ -170,8 +171,10 @@ pub struct WorkerLoad {
     /// Tokens generated since its start.
     pub decode_tokens: u64,
     /// Seconds spent in steps that processed prompts.
+    #[serde(with = "crate::float::finite_f64")]
     pub prefill_s: f64,
     /// Seconds spent in steps that only generated.
+    #[serde(with = "crate::float::finite_f64")]
     pub decode_s: f64,
     /// Tokens in the KV cache.
     pub kv_tokens: u64,

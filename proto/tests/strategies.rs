@@ -1,0 +1,195 @@
+//! Random messages of every kind.
+
+use bitnetd_proto::client_link::{ClientMessage, ServerMessage};
+use bitnetd_proto::error::{ErrorCode, WireError};
+use bitnetd_proto::event::{Done, FinishReason, Timings, Token, TokenLogprobs, Usage};
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::request::{ChatMessage, GenerateRequest, Prompt, Sampling};
+use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WorkerLoad, WorkerSetup};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+fn finite_f32() -> impl Strategy<Value = f32> {
+    any::<u32>().prop_map(f32::from_bits).prop_filter("finite", |value| value.is_finite())
+}
+
+fn finite_f64() -> impl Strategy<Value = f64> {
+    any::<u64>().prop_map(f64::from_bits).prop_filter("finite", |value| value.is_finite())
+}
+
+fn text() -> impl Strategy<Value = String> {
+    vec(any::<char>(), 0..20).prop_map(String::from_iter)
+}
+
+fn prompt() -> impl Strategy<Value = Prompt> {
+    prop_oneof![
+        text().prop_map(Prompt::Text),
+        vec((text(), text()), 0..4).prop_map(|turns| {
+            Prompt::Chat(turns.into_iter().map(|(role, content)| ChatMessage { role, content }).collect())
+        }),
+        vec(any::<u32>(), 0..30).prop_map(Prompt::Tokens),
+    ]
+}
+
+fn sampling() -> impl Strategy<Value = Sampling> {
+    let floats = [(); 6].map(|()| finite_f32());
+    (floats, any::<(u32, u32)>(), vec((any::<u32>(), finite_f32()), 0..5), option::of(any::<u64>())).prop_map(
+        |(f, (top_k, penalty_last_n), logit_bias, seed)| Sampling {
+            temperature: f[0],
+            top_k,
+            top_p: f[1],
+            min_p: f[2],
+            repetition_penalty: f[3],
+            penalty_last_n,
+            presence_penalty: f[4],
+            frequency_penalty: f[5],
+            logit_bias,
+            seed,
+        },
+    )
+}
+
+pub(crate) fn request() -> impl Strategy<Value = GenerateRequest> {
+    (
+        prompt(),
+        any::<u32>(),
+        sampling(),
+        vec(text(), 0..4),
+        option::of(any::<u8>()),
+        any::<(bool, i8)>(),
+        any::<Option<u64>>(),
+    )
+        .prop_map(
+            |(prompt, max_tokens, sampling, stop, logprobs, (ignore_eos, priority), deadline_ms)| {
+                GenerateRequest {
+                    prompt,
+                    max_tokens,
+                    sampling,
+                    stop,
+                    logprobs,
+                    ignore_eos,
+                    priority,
+                    deadline_ms,
+                }
+            },
+        )
+}
+
+fn token() -> impl Strategy<Value = Token> {
+    let logprobs = (finite_f32(), vec((any::<u32>(), finite_f32(), text()), 0..4))
+        .prop_map(|(logprob, top)| TokenLogprobs { logprob, top });
+    (any::<(u32, u32)>(), text(), option::of(logprobs)).prop_map(|((index, id), text, logprobs)| Token {
+        index,
+        id,
+        text,
+        logprobs,
+    })
+}
+
+fn done() -> impl Strategy<Value = Done> {
+    let finish_reason = prop_oneof![Just(FinishReason::Stop), Just(FinishReason::Length)];
+    let seconds = [(); 5].map(|()| finite_f64());
+    (finish_reason, text(), any::<(u32, u32, u32)>(), seconds, any::<(u32, u32)>()).prop_map(
+        |(finish_reason, tail, usage, s, (slot, failovers))| Done {
+            finish_reason,
+            tail,
+            usage: Usage { prompt_tokens: usage.0, cached_tokens: usage.1, completion_tokens: usage.2 },
+            timings: Timings {
+                queue_s: s[0],
+                prefill_s: s[1],
+                decode_s: s[2],
+                ttft_s: s[3],
+                total_s: s[4],
+                slot,
+                failovers,
+            },
+        },
+    )
+}
+
+fn wire_error() -> impl Strategy<Value = WireError> {
+    let code =
+        prop_oneof![Just(ErrorCode::BadMessage), Just(ErrorCode::Overloaded), Just(ErrorCode::Poisoned)];
+    (code, text(), option::of(text()), any::<Option<u64>>())
+        .prop_map(|(code, message, hint, retry_after_ms)| WireError { code, message, hint, retry_after_ms })
+}
+
+pub(crate) fn client_message() -> impl Strategy<Value = ClientMessage> {
+    prop_oneof![
+        (any::<u32>(), text()).prop_map(|(version, client)| ClientMessage::Hello { version, client }),
+        (any::<u64>(), request())
+            .prop_map(|(id, request)| ClientMessage::Generate { id, request: Box::new(request) }),
+        any::<u64>().prop_map(|id| ClientMessage::Cancel { id }),
+        Just(ClientMessage::Status),
+        any::<u32>().prop_map(|slot| ClientMessage::Restart { slot }),
+    ]
+}
+
+pub(crate) fn server_message() -> impl Strategy<Value = ServerMessage> {
+    prop_oneof![
+        any::<(u64, u64, u64)>().prop_map(|(id, job, seed)| ServerMessage::Accepted { id, job, seed }),
+        (any::<u64>(), token()).prop_map(|(id, token)| ServerMessage::Token { id, token }),
+        (any::<u64>(), done()).prop_map(|(id, done)| ServerMessage::Done { id, done }),
+        (any::<Option<u64>>(), wire_error()).prop_map(|(id, error)| ServerMessage::Error { id, error }),
+        Just(ServerMessage::Ok),
+    ]
+}
+
+pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
+    let setup =
+        (any::<(u32, u32, u32, u32)>(), vec(any::<u32>(), 0..9), text()).prop_map(|(n, cpus, model_name)| {
+            WorkerSetup {
+                slot: n.0,
+                cpus,
+                model_name,
+                ctx: n.1,
+                max_batch: n.2,
+                prefill_chunk: n.3,
+                isa: "auto".into(),
+                head: "auto".into(),
+                kv_type: "f16".into(),
+                wait: "hybrid".into(),
+                huge_pages: "auto".into(),
+            }
+        });
+    prop_oneof![
+        (any::<u32>(), setup).prop_map(|(version, setup)| ToWorker::Hello { version, setup }),
+        (any::<u64>(), request(), vec(any::<u32>(), 0..50))
+            .prop_map(|(job, request, resume)| ToWorker::Job { job, request: Box::new(request), resume }),
+        any::<u64>().prop_map(|seq| ToWorker::Ping { seq }),
+        Just(ToWorker::Drain),
+    ]
+}
+
+pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
+    let model = (text(), any::<(u64, u32, u64, bool)>()).prop_map(|(name, n)| ModelSummary {
+        architecture: name.clone(),
+        isa: name.clone(),
+        head: name.clone(),
+        name,
+        n_params: n.0,
+        n_ctx: n.1,
+        n_vocab: n.1,
+        n_layers: n.1,
+        n_embd: n.1,
+        image_bytes: n.2,
+        kv_bytes: n.2,
+        has_chat_template: n.3,
+    });
+    let load = (any::<(u64, u32)>(), finite_f64(), finite_f64()).prop_map(|(n, prefill_s, decode_s)| {
+        WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, ..WorkerLoad::default() }
+    });
+    prop_oneof![
+        (any::<u32>(), model, finite_f64()).prop_map(|(version, model, load_s)| FromWorker::Ready {
+            version,
+            model: Box::new(model),
+            load_s
+        }),
+        wire_error().prop_map(|error| FromWorker::StartFailed { error, exit_code: ExitCode::Data }),
+        (any::<u64>(), token()).prop_map(|(job, token)| FromWorker::Token { job, token }),
+        (any::<u64>(), done()).prop_map(|(job, done)| FromWorker::Done { job, done }),
+        (any::<u64>(), wire_error()).prop_map(|(job, error)| FromWorker::Failed { job, error }),
+        (any::<u64>(), load).prop_map(|(seq, load)| FromWorker::Pong { seq, load }),
+    ]
+}
