@@ -6,6 +6,7 @@
 //! on nothing else. Integer sums are exact; every float reduction has one order, the same on every path.
 
 pub mod gguf; // Model files: bounded zero-copy reader, streaming writer.
+pub mod dense; // Float and block-quantised matrices: layouts, conversion.
 pub mod kernels; // What is computed: the scalar definition and its fast twins.
 pub mod mapping; // Bytes of a model, shared read-only by all who map them.
 pub mod pool; // Which threads compute it.
