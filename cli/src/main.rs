@@ -1,2 +1,77 @@
-//! placeholder
-fn main() {}
+//! The `bitnetd` binary: parses the command line, runs one subcommand, turns its outcome into an exit code.
+//!
+//! The only crate that prints: data goes to stdout, talk to stderr. A subcommand is one module with an `Args`
+//! struct and a `main`; to add one, add the module, a variant of [`Command`] and a line in [`dispatch`].
+
+#![forbid(unsafe_code)]
+
+mod error; // Outcome -> message, hint and exit code, in one place.
+mod logging;
+mod manual; // `completions` and `man`.
+mod terminal; // Everything that is written to stdout and stderr.
+
+use bitnetd_proto::exit_code::ExitCode;
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::error::CliError;
+
+fn main() -> std::process::ExitCode {
+    let code = match Cli::try_parse() {
+        Ok(cli) => match dispatch(cli) {
+            Ok(code) => code,
+            Err(error) => {
+                error.print();
+                error.exit_code()
+            }
+        },
+        Err(error) => {
+            let is_answer = !error.use_stderr(); // `--help` and `--version` arrive as errors, too.
+            terminal::ignore_closed(error.print());
+            if is_answer { ExitCode::Ok } else { ExitCode::Usage }
+        }
+    };
+    code.into()
+}
+
+/// Runs BitNet (ternary, 1.58-bit) language models on every core of a machine.
+#[derive(Debug, Parser)]
+#[command(name = "bitnetd", version, about, long_about = None, after_help = EXAMPLES, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    log: logging::LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnetd completions bash > ~/.local/share/bash-completion/completions/bitnetd
+
+Exit codes: 0 ok, 1 failed, 64 wrong command line, 65 bad data, 66 no such input, 69 daemon unavailable,
+70 bug, 71 operating system, 75 try again later, 77 not permitted, 78 bad configuration, 130 interrupted.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print a completion script for a shell
+    Completions(manual::CompletionsArgs),
+    /// Print the manual page (troff), or write one page for each subcommand to a folder
+    Man(manual::ManArgs),
+}
+
+fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
+    logging::init(&cli.log);
+    match cli.command {
+        Command::Completions(args) => manual::completions(&args, Cli::command()),
+        Command::Man(args) => manual::man(&args, Cli::command()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,121 @@
+//! How a subcommand fails: a text, perhaps a next step, and the exit code. Every mapping to a code is here.
+//!
+//! Printed as `error: what: because`, then `hint: next step`; that layout is stable, tests hold it.
+
+use std::fmt::Display;
+use std::io;
+use std::path::Path;
+
+use bitnetd_proto::error::{ErrorCode, WireError};
+use bitnetd_proto::exit_code::ExitCode;
+
+use crate::terminal;
+
+/// A failure on its way to `main`.
+#[derive(Debug)]
+pub(crate) struct CliError {
+    code: ExitCode,
+    error: anyhow::Error,
+    hint: Option<String>,
+}
+
+impl CliError {
+    /// A failure with a code and a text of its own.
+    pub(crate) fn new(code: ExitCode, message: impl Display) -> Self {
+        Self { code, error: anyhow::anyhow!("{message}"), hint: None }
+    }
+
+    /// A file could not be opened, read or written. `action` is a verb phrase such as `read`.
+    pub(crate) fn file(action: &str, path: &Path, source: io::Error) -> Self {
+        let code = match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => ExitCode::NoInput,
+            io::ErrorKind::PermissionDenied => ExitCode::Permission,
+            io::ErrorKind::InvalidData => ExitCode::Data,
+            _ => ExitCode::Os,
+        };
+        let error = anyhow::Error::new(source).context(format!("cannot {action} `{}`", path.display()));
+        Self { code, error, hint: None }
+    }
+
+    /// The operating system refused something that is not a file.
+    pub(crate) fn os(action: &str, source: io::Error) -> Self {
+        Self {
+            code: ExitCode::Os,
+            error: anyhow::Error::new(source).context(format!("cannot {action}")),
+            hint: None,
+        }
+    }
+
+    /// Whoever read our stdout went away (`| head`): nothing is wrong, there is only nothing left to do.
+    pub(crate) fn reader_gone() -> Self {
+        Self::new(ExitCode::Ok, "the reader of stdout went away")
+    }
+
+    /// The same failure with a next step, unless it has one.
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    /// The code to exit with.
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        self.code
+    }
+
+    /// Says it on stderr. A reader that went away and Ctrl-C need no words.
+    pub(crate) fn print(&self) {
+        if matches!(self.code, ExitCode::Ok | ExitCode::Interrupted) {
+            return;
+        }
+        terminal::say(&self.to_string());
+    }
+}
+
+impl Display for CliError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "error: {:#}", self.error)?;
+        match &self.hint {
+            Some(hint) => write!(f, "\nhint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl From<WireError> for CliError {
+    fn from(error: WireError) -> Self {
+        let code = match error.code {
+            ErrorCode::InvalidRequest | ErrorCode::EmptyPrompt | ErrorCode::ContextExceeded => ExitCode::Data,
+            ErrorCode::PermissionDenied => ExitCode::Permission,
+            ErrorCode::Overloaded | ErrorCode::Draining => ExitCode::Temporary,
+            ErrorCode::UnsupportedVersion | ErrorCode::Degraded => ExitCode::Unavailable,
+            ErrorCode::Internal | ErrorCode::BadMessage | ErrorCode::FrameTooLarge => ExitCode::Software,
+            ErrorCode::NotFound
+            | ErrorCode::DeadlineExceeded
+            | ErrorCode::Poisoned
+            | ErrorCode::Cancelled => ExitCode::Failure,
+        };
+        let hint = error.hint.clone();
+        Self { code, error: anyhow::Error::new(error), hint }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_file_names_it_the_reason_and_the_next_step() {
+        let error = CliError::file("read", Path::new("a.gguf"), io::Error::from(io::ErrorKind::NotFound))
+            .hint("look again");
+        assert_eq!(error.exit_code(), ExitCode::NoInput);
+        assert_eq!(error.to_string(), "error: cannot read `a.gguf`: entity not found\nhint: look again");
+    }
+
+    #[test]
+    fn the_hint_of_a_peer_is_kept() {
+        let wire = WireError::new(ErrorCode::Overloaded, "the queue is full (512 jobs)").with_hint("wait");
+        let error = CliError::from(wire).hint("another");
+        assert_eq!(error.exit_code(), ExitCode::Temporary);
+        assert_eq!(error.to_string(), "error: the queue is full (512 jobs)\nhint: wait");
+    }
+}

@@ -1,0 +1,58 @@
+//! Where log lines go: to stderr, coloured only on a terminal and without `NO_COLOR`.
+
+use std::io::{self, IsTerminal as _};
+
+use bitnetd_config::LogFormat;
+use clap::{ArgAction, Args};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+/// How much is said, for every subcommand.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct LogArgs {
+    /// Say more on stderr: -v lifecycle, -vv each request, -vvv everything
+    #[arg(short, long, action = ArgAction::Count, global = true, conflicts_with = "quiet", help_heading = "Output")]
+    pub verbose: u8,
+    /// Say nothing on stderr but errors
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+/// Starts logging for a command that a person waits for: warnings, unless asked for more or less.
+pub(crate) fn init(args: &LogArgs) {
+    install(EnvFilter::default().add_directive(level(args, LevelFilter::WARN).into()), LogFormat::Text);
+}
+
+fn level(args: &LogArgs, usual: LevelFilter) -> LevelFilter {
+    match (args.quiet, args.verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (false, 0) => usual,
+        (false, 1) => LevelFilter::INFO.max(usual),
+        (false, 2) => LevelFilter::DEBUG,
+        (false, _) => LevelFilter::TRACE,
+    }
+}
+
+fn install(filter: EnvFilter, format: LogFormat) {
+    let builder = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter);
+    match format {
+        LogFormat::Json => builder.json().init(),
+        LogFormat::Text if io::stderr().is_terminal() => builder.init(), // Honours NO_COLOR.
+        LogFormat::Text => builder.with_ansi(false).init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_only_move_the_level_their_way() {
+        let with = |verbose, quiet| LogArgs { verbose, quiet };
+        assert_eq!(level(&with(0, false), LevelFilter::WARN), LevelFilter::WARN);
+        assert_eq!(level(&with(1, false), LevelFilter::WARN), LevelFilter::INFO);
+        assert_eq!(level(&with(1, false), LevelFilter::DEBUG), LevelFilter::DEBUG);
+        assert_eq!(level(&with(9, false), LevelFilter::WARN), LevelFilter::TRACE);
+        assert_eq!(level(&with(0, true), LevelFilter::INFO), LevelFilter::ERROR);
+    }
+}
