@@ -6,6 +6,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+pub mod ternary; // Ternary matrices times int8 activations.
+
 /// An instruction set that kernels are written for, best last within an architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {

@@ -1,0 +1,147 @@
+//! Absmax int8 quantisation of activations, alone or behind an RMSNorm or a gated unit.
+//!
+//! With `m` the largest magnitude of a row and never less than 1e-5 (in f64), `scale = (f32)(127 / m)` and
+//! value = `activation * scale`, clamped to -128..=127 and rounded half to even. NaN counts as 0.
+
+#![expect(unsafe_code, reason = "calls the instruction set that `KernelSet` has seen")]
+
+use super::quantized_rows::{QuantizedRows, Row};
+use crate::kernels::{Isa, KernelSet};
+use crate::pool::ThreadPool;
+
+/// Adding and subtracting it rounds an f32 of magnitude below 2^22 to an integer, half to even.
+const ROUNDER: f32 = 12_582_912.0;
+
+impl KernelSet {
+    /// Quantises the rows of `x`, `(n, n_cols)`.
+    ///
+    /// # Panics
+    /// If `x` is not as large as `out`.
+    pub fn quantize(self, pool: &ThreadPool, x: &[f32], out: &mut QuantizedRows) {
+        let n_cols = out.n_cols();
+        assert_eq!(x.len(), out.n_rows() * n_cols, "activations of {out:?}");
+        out.fill_rows(pool, &|row, target| self.quantize_row(&x[row * n_cols..(row + 1) * n_cols], target));
+    }
+
+    /// Quantises one row.
+    fn quantize_row(self, x: &[f32], out: &mut Row) {
+        match self.isa() {
+            // SAFETY: `isa` is `Avx2` only if `for_isa` saw AVX2 and FMA on this CPU.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { quantize_row_avx2(x, out) },
+            // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW and VL on this CPU.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => unsafe { quantize_row_avx512(x, out) },
+            _ => quantize_row_body(x, out),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn quantize_row_avx2(x: &[f32], out: &mut Row) {
+    quantize_row_body(x, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn quantize_row_avx512(x: &[f32], out: &mut Row) {
+    quantize_row_body(x, out);
+}
+
+/// The definition. It is compiled once for each instruction set: single IEEE operations and integers come out
+/// the same on all of them.
+#[inline(always)]
+fn quantize_row_body(x: &[f32], out: &mut Row) {
+    let absmax = absmax(x);
+    #[expect(clippy::cast_possible_truncation, reason = "the scale is defined as an f32")]
+    let scale = (127.0 / f64::from(absmax).max(1e-5)) as f32;
+    out.fill(x.len(), scale, |cols, values| {
+        for (value, x) in values.iter_mut().zip(&x[cols]) {
+            *value = quantized(x * scale);
+        }
+    });
+}
+
+/// Largest magnitude; NaN counts as 0.
+#[inline(always)]
+fn absmax(x: &[f32]) -> f32 {
+    // Magnitudes order like their bits, and integers let the compiler reorder.
+    let magnitude = |x: &f32| {
+        let bits = x.to_bits() & 0x7fff_ffff;
+        if bits > f32::INFINITY.to_bits() { 0 } else { bits }
+    };
+    f32::from_bits(x.iter().map(magnitude).max().unwrap_or(0))
+}
+
+#[inline(always)]
+fn quantized(x: f32) -> i8 {
+    let x = if x.is_nan() { 0.0 } else { x };
+    let bits = (x.clamp(-128.0, 127.0) + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits());
+    bits.to_le_bytes()[0].cast_signed()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pool::PoolOptions;
+
+    fn quantize(kernels: KernelSet, x: &[f32], n_rows: usize) -> (QuantizedRows, Vec<i8>) {
+        let n_cols = x.len() / n_rows;
+        let pool = ThreadPool::new(PoolOptions::unpinned(2)).unwrap();
+        let mut rows = QuantizedRows::new(n_rows, n_cols);
+        rows.reset(n_rows, n_cols);
+        kernels.quantize(&pool, x, &mut rows);
+        let value = |i: usize| rows.value(i / n_cols, i % n_cols);
+        let values = (0..x.len()).map(value).collect();
+        (rows, values)
+    }
+
+    #[test]
+    fn rounds_half_to_even() {
+        let mut x = [0.0_f32; 128];
+        x[..8].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0, 63.4]);
+        for kernels in KernelSet::all_present() {
+            let (rows, values) = quantize(kernels, &x, 1);
+            assert_eq!(values[..8], [127, 0, 2, 2, 0, -2, -127, 63], "{}", kernels.isa());
+            assert_eq!((rows.scale(0), rows.sum(0)), (1.0, 127 + 2 + 2 - 2 - 127 + 63));
+        }
+    }
+
+    #[test]
+    fn zeros_nan_and_infinity_have_defined_values() {
+        for kernels in KernelSet::all_present() {
+            let (rows, values) = quantize(kernels, &[0.0; 256], 2);
+            assert_eq!((values, rows.scale(0)), (vec![0; 256], 12_700_000.0));
+            let mut x = [1.0_f32; 128];
+            x[1] = f32::NAN;
+            let (_, values) = quantize(kernels, &x, 1);
+            assert_eq!(values[..3], [127, 0, 127]);
+            x[1] = f32::NEG_INFINITY;
+            let (rows, values) = quantize(kernels, &x, 1);
+            assert_eq!((values, rows.scale(0)), (vec![0; 128], 0.0));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_isa_agrees_with_scalar(
+            x in prop::collection::vec(prop_oneof![-3.0_f32..3.0, any::<f32>()], 3 * 384),
+        ) {
+            let scalar = KernelSet::for_isa(Isa::Scalar).unwrap();
+            let (expected_rows, expected) = quantize(scalar, &x, 3);
+            for kernels in KernelSet::all_present() {
+                let (rows, values) = quantize(kernels, &x, 3);
+                prop_assert_eq!(&values, &expected, "{}", kernels.isa());
+                for row in 0..3 {
+                    prop_assert_eq!(rows.scale(row).to_bits(), expected_rows.scale(row).to_bits());
+                    let sum: i32 = expected[row * 384..(row + 1) * 384].iter().map(|&v| i32::from(v)).sum();
+                    prop_assert_eq!(rows.sum(row), sum);
+                    prop_assert_eq!(rows.block_sums(row).iter().sum::<i32>(), sum);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Every path against plain arithmetic over the unpacked weights, bit for bit.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::pool::PoolOptions;
+use crate::ternary::TernaryFormat;
+use crate::ternary::tests::pack_tensor;
+
+/// One product: a matrix and its activations.
+#[derive(Clone, Debug)]
+struct Case {
+    format: TernaryFormat,
+    n_rows: usize,
+    n_cols: usize,
+    n_tokens: usize,
+    n_threads: usize,
+    is_extreme: bool,
+    store: Store,
+    seed: u64,
+}
+
+fn case() -> impl Strategy<Value = Case> {
+    let shape = (0..3_usize, 1..70_usize, 1..12_usize, prop_oneof![3 => 1..10_usize, 1 => 10..40_usize]);
+    let how = (1..=3_usize, any::<bool>(), any::<bool>(), any::<u64>());
+    (shape, how).prop_map(|((format, n_rows, n_blocks, n_tokens), (n_threads, is_extreme, adds, seed))| {
+        let format = TernaryFormat::ALL[format];
+        let n_cols = n_blocks * format.block_cols();
+        let store = if adds { Store::Add } else { Store::Set };
+        Case { format, n_rows, n_cols, n_tokens, n_threads, is_extreme, store, seed }
+    })
+}
+
+/// A small generator of test data (xorshift64*).
+struct Random(u64);
+
+impl Random {
+    fn byte(&mut self) -> u8 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes()[7]
+    }
+
+    fn weight(&mut self, is_extreme: bool) -> i8 {
+        if is_extreme { 1 } else { (self.byte() % 3).cast_signed() - 1 }
+    }
+
+    fn value(&mut self, is_extreme: bool) -> i8 {
+        if is_extreme { [-128, 127][usize::from(self.byte() > 250)] } else { self.byte().cast_signed() }
+    }
+}
+
+/// Multiplies by the book, straight from the columns.
+fn expected(matrix: &TernaryMatrix<'_>, acts: &QuantizedRows, before: &[f32], store: Store) -> Vec<f32> {
+    let block_cols = matrix.format().block_cols();
+    let (mut weights, mut scales) = (vec![0; matrix.n_cols()], vec![0.0; matrix.n_cols() / block_cols]);
+    let mut out = before.to_vec();
+    for row in 0..matrix.n_rows() {
+        matrix.unpack_row(row, &mut weights, &mut scales);
+        for token in 0..acts.n_rows() {
+            let value = |col: usize| i32::from(acts.value(token, col));
+            let (scale, sum) = (acts.scale(token), acts.sum(token));
+            let y = if matrix.format() == TernaryFormat::I2S {
+                let dot: i32 = weights.iter().enumerate().map(|(c, &w)| (i32::from(w) + 1) * value(c)).sum();
+                (exact_f32(dot) - exact_f32(sum)) / scale * matrix.scale()
+            } else {
+                let blocks = weights.chunks_exact(block_cols).zip(&scales).enumerate();
+                let acc = blocks.fold(0.0, |acc, (b, (weights, scale))| {
+                    let products =
+                        weights.iter().zip(b * block_cols..).map(|(&w, c)| i32::from(w) * value(c));
+                    exact_f32(products.sum()).mul_add(*scale, acc)
+                });
+                acc / scale
+            };
+            let out = &mut out[token * matrix.n_rows() + row];
+            *out = if store == Store::Add { *out + y } else { y };
+        }
+    }
+    out
+}
+
+fn random_acts(random: &mut Random, case: &Case) -> QuantizedRows {
+    let mut acts = QuantizedRows::new(case.n_tokens, case.n_cols);
+    acts.reset(case.n_tokens, case.n_cols);
+    for token in 0..case.n_tokens {
+        let values: Vec<i8> = (0..case.n_cols).map(|_| random.value(case.is_extreme)).collect();
+        acts.set_row(token, &values, 0.5 + f32::from(random.byte()));
+    }
+    acts
+}
+
+#[track_caller]
+fn assert_same(actual: &[f32], expected: &[f32], context: &str) {
+    let differs = |(a, e): (&f32, &f32)| a.to_bits() != e.to_bits();
+    if let Some(i) = actual.iter().zip(expected).position(differs) {
+        panic!("{context}: value {i} is {} and not {}", actual[i], expected[i]);
+    }
+}
+
+fn check(case: &Case) {
+    let mut random = Random(case.seed | 1);
+    let weights: Vec<i8> = (0..case.n_rows * case.n_cols).map(|_| random.weight(case.is_extreme)).collect();
+    let scale = |block: usize| [0.37, 1.25, -0.002, 3.1][block % 4];
+    let data = pack_tensor(case.format, &weights, case.n_cols, &scale);
+    let matrix = TernaryMatrix::new(case.format, &data, case.n_rows, case.n_cols).unwrap();
+    let acts = random_acts(&mut random, case);
+    let before: Vec<f32> =
+        (0..case.n_rows * case.n_tokens).map(|_| f32::from(random.byte()) * 0.1 - 12.0).collect();
+    let expected = expected(&matrix, &acts, &before, case.store);
+    let pool = ThreadPool::new(PoolOptions::unpinned(case.n_threads)).unwrap();
+    for kernels in KernelSet::all_present() {
+        // Two jobs over the same input, as gate and up are.
+        let (mut first, mut second) = (before.clone(), before.clone());
+        let mut jobs =
+            [MatmulJob::new(matrix, &mut first, case.store), MatmulJob::new(matrix, &mut second, case.store)];
+        kernels.ternary_matmul(&pool, &acts, &mut jobs);
+        let context = format!("{} {case:?}", kernels.isa());
+        assert_same(&first, &expected, &context);
+        assert_same(&second, &expected, &context);
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_isa_multiplies_by_the_book(case in case()) {
+        check(&case);
+    }
+}
+
+#[test]
+fn sums_of_wide_extreme_rows_do_not_overflow() {
+    for format in TernaryFormat::ALL {
+        for n_tokens in [1, 2, 20] {
+            let n_cols = 64 * 256;
+            let (n_rows, n_threads) = (17, 2);
+            check(&Case {
+                format,
+                n_rows,
+                n_cols,
+                n_tokens,
+                n_threads,
+                is_extreme: true,
+                store: Store::Set,
+                seed: 3,
+            });
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "columns of")]
+fn a_matrix_of_other_columns_is_refused() {
+    let data = pack_tensor(TernaryFormat::I2S, &[0; 256], 256, &|_| 1.0);
+    let matrix = TernaryMatrix::new(TernaryFormat::I2S, &data, 1, 256).unwrap();
+    let mut acts = QuantizedRows::new(1, 256);
+    acts.reset(1, 128);
+    let pool = ThreadPool::new(PoolOptions::unpinned(1)).unwrap();
+    let mut out = [0.0];
+    KernelSet::detect().ternary_matmul(&pool, &acts, &mut [MatmulJob::new(matrix, &mut out, Store::Set)]);
+}
