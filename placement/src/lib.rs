@@ -1,21 +1,14 @@
 //! The machine as sysfs shows it, and the plan: which worker gets which CPUs and which memory node, and why.
+//!
+//! Everything is a pure function over the root of a file tree, so that a plan for any machine can be made and tested
+//! from a recorded tree. Nothing here sets an affinity or a memory policy: the supervisor does, by the plan.
+#![forbid(unsafe_code)]
 
-/// Which worker gets which CPUs, and the reasons in words.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
-    /// One entry for each worker slot; CPU sets are disjoint.
-    pub workers: Vec<WorkerPlacement>,
-    /// Why it is so, one sentence each.
-    pub reasons: Vec<String>,
-    /// What is unwise about it, one sentence each.
-    pub warnings: Vec<String>,
-}
+mod cgroup; // What control groups leave to us.
+mod machine; // The machine: CPUs, caches, nodes, limits.
+mod plan; // From machine and configuration to workers.
+mod read; // Machine out of a tree.
+mod tree; // Small files below a root.
 
-/// Where one worker runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WorkerPlacement {
-    /// CPUs, ascending; one compute thread is pinned to each.
-    pub cpus: Vec<u32>,
-    /// NUMA node of its memory, where that is to be bound.
-    pub memory_node: Option<u32>,
-}
+pub use crate::machine::{CoreKind, Cpu, Limits, Machine, Node};
+pub use crate::plan::{Plan, PlanError, WorkerPlacement, plan};

@@ -1,0 +1,202 @@
+//! The plan: from the machine and the configuration to disjoint CPU sets, one for each worker, with the reasons.
+//!
+//! Four steps: which CPUs come into question (`pool`), how many workers and threads (`split`), which CPUs each
+//! worker gets (`allocate`), and what there is to say about it (`words`). The same input gives the same plan.
+
+mod allocate;
+mod pool;
+mod split;
+mod words;
+
+use bitnetd_config::{AffinityConfig, NumaPolicy, SplitConfig, cpu_list};
+use serde::Serialize;
+
+use self::pool::Pool;
+use crate::machine::Machine;
+
+/// Which worker gets which CPUs, and the reasons in words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// One entry for each worker slot; CPU sets are disjoint.
+    pub workers: Vec<WorkerPlacement>,
+    /// Why it is so, one sentence each.
+    pub reasons: Vec<String>,
+    /// What is unwise about it, one sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// Where one worker runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct WorkerPlacement {
+    /// CPUs, ascending; one compute thread is pinned to each.
+    pub cpus: Vec<u32>,
+    /// NUMA node of its memory, where that is to be bound.
+    pub memory_node: Option<u32>,
+}
+
+/// Why there is no plan.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// There is no CPU to run on.
+    #[error("none of the {n_cpus} CPUs can be used: {why}")]
+    NothingUsable {
+        /// CPUs of the machine.
+        n_cpus: usize,
+        /// Where they went.
+        why: String,
+    },
+    /// `affinity.cores` leaves nothing.
+    #[error("`affinity.cores = \"{wanted}\"`, and none of the {n_usable} usable CPUs is of that kind")]
+    NoCoreOfKind {
+        /// The kind asked for.
+        wanted: &'static str,
+        /// Usable CPUs of any kind.
+        n_usable: usize,
+    },
+    /// More threads than CPUs.
+    #[error(
+        "{workers} workers with {threads} threads need {needed} CPUs, and {n_usable} are usable ({detail})"
+    )]
+    TooManyThreads {
+        /// Workers asked for.
+        workers: usize,
+        /// Threads in each.
+        threads: usize,
+        /// Their product.
+        needed: usize,
+        /// CPUs there are for them.
+        n_usable: usize,
+        /// Which those are, and why no more.
+        detail: String,
+    },
+    /// A CPU of an explicit list cannot be used.
+    #[error("worker {worker} (counted from 0) cannot have CPU {cpu}: it is {why}")]
+    CpuNotUsable {
+        /// The worker.
+        worker: usize,
+        /// The CPU.
+        cpu: u32,
+        /// Why not.
+        why: &'static str,
+    },
+    /// A CPU in two explicit lists.
+    #[error("CPU {cpu} is given to workers {first} and {second} (counted from 0)")]
+    CpuTwice {
+        /// The CPU.
+        cpu: u32,
+        /// One worker.
+        first: usize,
+        /// The other.
+        second: usize,
+    },
+    /// A worker without a CPU, or no worker.
+    #[error("worker {worker} (counted from 0) has no CPU")]
+    NoCpu {
+        /// The worker.
+        worker: usize,
+    },
+}
+
+/// Divides the usable CPUs of `machine` among workers.
+///
+/// # Errors
+/// If what is asked for cannot be had on this machine; the error names the numbers.
+pub fn plan(machine: &Machine, split: &SplitConfig, affinity: &AffinityConfig) -> Result<Plan, PlanError> {
+    let pool = Pool::new(machine, affinity)?;
+    let mut words = words::Words::new(&pool);
+    let sets = match split {
+        SplitConfig::Explicit(lists) => {
+            check_explicit(&pool, lists)?;
+            words.reasons.push(format!(
+                "The CPUs of each of the {} are given in the configuration.",
+                words::count(lists.len(), "worker")
+            ));
+            lists.clone()
+        }
+        SplitConfig::Counts { workers, threads } => {
+            let needed = workers.saturating_mul(*threads);
+            if *workers == 0 || *threads == 0 {
+                return Err(PlanError::NoCpu { worker: 0 });
+            }
+            if needed > pool.cpus.len() {
+                let (workers, threads, n_usable) = (*workers, *threads, pool.cpus.len());
+                return Err(PlanError::TooManyThreads {
+                    workers,
+                    threads,
+                    needed,
+                    n_usable,
+                    detail: pool.detail(),
+                });
+            }
+            words.reasons.push(format!(
+                "The configuration asks for {} with {}.",
+                words::count(*workers, "worker"),
+                words::count_each(*workers, *threads)
+            ));
+            allocate::allocate(&pool, &vec![*threads; *workers])
+        }
+        SplitConfig::Profile(profile) => {
+            let (sizes, reasons) = split::sizes(&pool, *profile);
+            words.reasons.extend(reasons);
+            allocate::allocate(&pool, &sizes)
+        }
+    };
+    let workers: Vec<WorkerPlacement> = sets
+        .into_iter()
+        .map(|mut cpus| {
+            cpus.sort_unstable();
+            let memory_node = memory_node(machine, affinity.numa, &cpus);
+            WorkerPlacement { cpus, memory_node }
+        })
+        .collect();
+    words.about(&workers, affinity.numa);
+    Ok(Plan { workers, reasons: words.reasons, warnings: words.warnings })
+}
+
+fn check_explicit(pool: &Pool<'_>, lists: &[Vec<u32>]) -> Result<(), PlanError> {
+    let mut owners = std::collections::BTreeMap::new();
+    if lists.is_empty() {
+        return Err(PlanError::NoCpu { worker: 0 });
+    }
+    for (worker, list) in lists.iter().enumerate() {
+        if list.is_empty() {
+            return Err(PlanError::NoCpu { worker });
+        }
+        for &cpu in list {
+            if let Some(why) = pool.machine.why_unusable(cpu, pool.reserve) {
+                return Err(PlanError::CpuNotUsable { worker, cpu, why });
+            }
+            if let Some(first) = owners.insert(cpu, worker) {
+                return Err(PlanError::CpuTwice { cpu, first, second: worker });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The node to which the memory of a worker on `cpus` is bound, if its CPUs are on one node.
+fn memory_node(machine: &Machine, policy: NumaPolicy, cpus: &[u32]) -> Option<u32> {
+    let has_choice = machine.nodes.iter().filter(|node| node.memory_bytes != Some(0)).count() > 1;
+    match policy {
+        NumaPolicy::Off | NumaPolicy::Interleave => return None,
+        NumaPolicy::Auto if !has_choice => return None,
+        NumaPolicy::Auto | NumaPolicy::Bind | NumaPolicy::Preferred => {}
+    }
+    let mut nodes = cpus.iter().map(|&cpu| machine.cpu(cpu).and_then(|cpu| cpu.node));
+    let first = nodes.next()??;
+    if nodes.all(|node| node == Some(first)) { machine.memory_node(first) } else { None }
+}
+
+impl Plan {
+    /// The plan as one line for each worker: `worker 0: CPUs 0-3, memory node 0`.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        let line = |(idx, worker): (usize, &WorkerPlacement)| {
+            let memory =
+                worker.memory_node.map_or_else(String::new, |node| format!(", memory on node {node}"));
+            let threads = words::count(worker.cpus.len(), "thread");
+            format!("worker {idx}: {threads} on CPUs {}{memory}", cpu_list::format(&worker.cpus))
+        };
+        self.workers.iter().enumerate().map(line).collect()
+    }
+}

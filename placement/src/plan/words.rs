@@ -1,0 +1,248 @@
+//! What there is to say about a plan: reasons for what is as it should be, warnings for what is not.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bitnetd_config::{NumaPolicy, SmtPolicy, cpu_list};
+
+use super::WorkerPlacement;
+use super::allocate::l3_key;
+use super::pool::Pool;
+use super::split::trim;
+use crate::machine::{CoreKind, Cpu};
+
+/// Collects sentences.
+#[derive(Debug)]
+pub(super) struct Words<'p, 'm> {
+    pool: &'p Pool<'m>,
+    pub(super) reasons: Vec<String>,
+    pub(super) warnings: Vec<String>,
+}
+
+/// `1 worker`, `3 workers`.
+pub(super) fn count(n: usize, noun: &str) -> String {
+    let plural = if n == 1 { "" } else { "s" };
+    format!("{n} {noun}{plural}")
+}
+
+/// `4 threads each`, or `1 thread` for one worker.
+pub(super) fn count_each(workers: usize, threads: usize) -> String {
+    let each = if workers == 1 { "" } else { " each" };
+    format!("{}{each}", count(threads, "thread"))
+}
+
+impl<'p, 'm> Words<'p, 'm> {
+    /// Starts with what is usable and what is not.
+    pub(super) fn new(pool: &'p Pool<'m>) -> Self {
+        let n_cpus = pool.machine.cpus.len();
+        let unusable = pool.unusable();
+        let all = if unusable.is_empty() { String::new() } else { format!(" ({})", unusable.join("; ")) };
+        let mut reasons = vec![match (n_cpus, pool.n_usable) {
+            (1, _) => "The machine has 1 CPU.".into(),
+            (cpus, usable) if cpus == usable => format!("All {cpus} CPUs are usable."),
+            (cpus, usable) => format!("{usable} of {cpus} CPUs are usable{all}."),
+        }];
+        if !pool.wrong_kind.is_empty() {
+            reasons.push(format!("`affinity.cores` leaves out CPUs {}.", cpu_list::format(&pool.wrong_kind)));
+        }
+        if !pool.second_siblings.is_empty() {
+            let list = cpu_list::format(&pool.second_siblings);
+            reasons.push(format!("`affinity.smt = \"off\"` leaves out the second siblings, CPUs {list}."));
+        }
+        Self { pool, reasons, warnings: Vec::new() }
+    }
+
+    /// Adds everything about finished placements.
+    pub(super) fn about(&mut self, workers: &[WorkerPlacement], numa: NumaPolicy) {
+        let sets: Vec<Vec<&Cpu>> = workers
+            .iter()
+            .map(|worker| worker.cpus.iter().filter_map(|id| self.pool.machine.cpu(*id)).collect())
+            .collect();
+        self.nodes(&sets, workers, numa);
+        self.caches(&sets);
+        self.siblings(&sets);
+        self.kinds(&sets);
+        self.limits(&sets);
+        self.left_over(&sets);
+    }
+
+    fn nodes(&mut self, sets: &[Vec<&Cpu>], workers: &[WorkerPlacement], numa: NumaPolicy) {
+        if self.pool.machine.nodes.iter().filter(|node| !node.cpus.is_empty()).count() > 1 {
+            let mut all_inside = true;
+            for (idx, set) in sets.iter().enumerate() {
+                let nodes: BTreeSet<u32> = set.iter().filter_map(|cpu| cpu.node).collect();
+                if nodes.len() > 1 {
+                    all_inside = false;
+                    let list = cpu_list::format(&nodes.into_iter().collect::<Vec<_>>());
+                    self.warnings.push(format!(
+                        "Worker {idx} is spread over the memory nodes {list}: part of its reads cross between them."
+                    ));
+                }
+            }
+            if all_inside {
+                self.reasons.push("Each worker stays within one memory node.".into());
+            }
+        }
+        for (idx, worker) in workers.iter().enumerate() {
+            let node = sets.get(idx).and_then(|set| set.first()).and_then(|cpu| cpu.node);
+            if let (Some(memory), Some(node)) = (worker.memory_node, node)
+                && memory != node
+            {
+                self.reasons.push(format!(
+                    "Node {node} of worker {idx} has no memory; its memory is on node {memory}, the nearest that has."
+                ));
+            }
+        }
+        let n_bound = workers.iter().filter(|worker| worker.memory_node.is_some()).count();
+        if n_bound == workers.len() && n_bound > 0 {
+            let verb = if numa == NumaPolicy::Preferred { "prefers" } else { "is bound to" };
+            self.reasons.push(format!("The memory of each worker {verb} its node."));
+        } else if numa == NumaPolicy::Bind && n_bound < workers.len() {
+            let unbound: Vec<u32> = (0..)
+                .zip(workers)
+                .filter(|(_, worker)| worker.memory_node.is_none())
+                .map(|(idx, _)| idx)
+                .collect();
+            self.warnings.push(format!(
+                "`affinity.numa = \"bind\"` has no one node for the workers {}; their memory is left to the kernel.",
+                cpu_list::format(&unbound)
+            ));
+        }
+    }
+
+    fn caches(&mut self, sets: &[Vec<&Cpu>]) {
+        let known: BTreeSet<_> =
+            self.pool.machine.cpus.iter().filter(|cpu| cpu.online && cpu.l3.is_some()).map(l3_key).collect();
+        if known.len() < 2 {
+            return;
+        }
+        let n_l3 = |set: &[&Cpu]| set.iter().map(|cpu| l3_key(cpu)).collect::<BTreeSet<_>>().len();
+        let over: Vec<u32> = (0..).zip(sets).filter(|(_, set)| n_l3(set) > 1).map(|(idx, _)| idx).collect();
+        if over.is_empty() {
+            self.reasons.push("Each worker stays within one L3.".into());
+            return;
+        }
+        let mut rooms: BTreeMap<_, usize> = BTreeMap::new();
+        for cpu in &self.pool.cpus {
+            *rooms.entry(l3_key(cpu)).or_default() += 1;
+        }
+        let room = rooms.into_values().max().unwrap_or(0);
+        let fits = over.iter().all(|idx| sets.get(*idx as usize).is_some_and(|set| set.len() <= room));
+        let list = cpu_list::format(&over);
+        let are =
+            if over.len() == 1 { format!("Worker {list} is") } else { format!("The workers {list} are") };
+        if fits {
+            self.warnings
+                .push(format!("{are} spread over several L3s, although one would hold a worker's threads."));
+        } else {
+            self.reasons
+                .push(format!("{are} spread over several L3s: one L3 has {} for us.", count(room, "CPU")));
+        }
+    }
+
+    fn siblings(&mut self, sets: &[Vec<&Cpu>]) {
+        let mut owners: BTreeMap<u32, BTreeSet<usize>> = BTreeMap::new();
+        let mut threads: BTreeMap<u32, usize> = BTreeMap::new();
+        for (idx, cpu) in sets.iter().enumerate().flat_map(|(idx, set)| set.iter().map(move |cpu| (idx, cpu)))
+        {
+            owners.entry(cpu.core).or_default().insert(idx);
+            *threads.entry(cpu.core).or_default() += 1;
+        }
+        let split: Vec<u32> =
+            owners.iter().filter(|(_, owners)| owners.len() > 1).map(|(core, _)| *core).collect();
+        if !split.is_empty() {
+            self.warnings.push(format!(
+                "{} (of CPU {}) {} shared by two workers, which slow each other down: threads in whole cores would \
+                 avoid it.",
+                count(split.len(), "core"),
+                cpu_list::format(&split),
+                if split.len() == 1 { "is" } else { "are" }
+            ));
+        }
+        let has_smt = self.pool.cpus.iter().any(|cpu| cpu.id != cpu.core);
+        if !has_smt {
+            return;
+        }
+        let n_doubled = threads.values().filter(|n| **n > 1).count();
+        if n_doubled == 0 {
+            self.reasons.push("One thread on each core; second SMT siblings stay free.".into());
+        } else if split.is_empty() {
+            let why = match self.pool.smt {
+                SmtPolicy::Pack => "as `affinity.smt = \"pack\"` asks",
+                _ => "since there are more threads than cores for them",
+            };
+            self.reasons.push(format!(
+                "{} both siblings busy, within one worker, {why}.",
+                if n_doubled == 1 { "1 core has".into() } else { format!("{n_doubled} cores have") }
+            ));
+        }
+    }
+
+    fn kinds(&mut self, sets: &[Vec<&Cpu>]) {
+        if !self.pool.machine.is_hybrid() {
+            return;
+        }
+        for (idx, set) in sets.iter().enumerate() {
+            let mut kinds: BTreeMap<CoreKind, Vec<u32>> = BTreeMap::new();
+            for cpu in set {
+                kinds.entry(cpu.kind).or_default().push(cpu.id);
+            }
+            let words: Vec<String> = kinds
+                .iter()
+                .map(|(kind, cpus)| format!("{} (CPUs {})", kind.label(), cpu_list::format(cpus)))
+                .collect();
+            if kinds.len() == 1 {
+                self.reasons.push(format!("Worker {idx} runs on cores of one kind: {}.", words.join(", ")));
+            } else {
+                self.reasons.push(format!(
+                    "Worker {idx} mixes kinds of core, {}: its threads take work in small pieces, so the fast ones do \
+                     more.",
+                    words.join(" and ")
+                ));
+            }
+            if let Some(slow) = kinds.get(&CoreKind::LowPower)
+                && kinds.len() > 1
+            {
+                self.warnings.push(format!(
+                    "Worker {idx} waits in every step for the low-power cores, CPUs {0}; `affinity.reserve = \"{0}\"` \
+                     leaves them out.",
+                    cpu_list::format(slow)
+                ));
+            }
+        }
+    }
+
+    fn limits(&mut self, sets: &[Vec<&Cpu>]) {
+        let n_threads: usize = sets.iter().map(Vec::len).sum();
+        if let Some(quota) = self.pool.machine.quota_cpus
+            && n_threads as f64 > quota
+            && n_threads > 1
+        {
+            self.warnings.push(format!(
+                "{n_threads} threads share a cgroup quota of {} CPUs: busy, they are all stopped for {:.0} % of the time.",
+                trim(quota),
+                (1.0 - quota / n_threads as f64) * 100.0
+            ));
+        }
+        let isolated = &self.pool.machine.isolated;
+        let used: Vec<u32> =
+            sets.iter().flatten().map(|cpu| cpu.id).filter(|id| isolated.binary_search(id).is_ok()).collect();
+        if !used.is_empty() {
+            self.reasons.push(format!(
+                "CPUs {} are isolated from the scheduler; they are used because our affinity mask has them.",
+                cpu_list::format(&used)
+            ));
+        }
+    }
+
+    fn left_over(&mut self, sets: &[Vec<&Cpu>]) {
+        let used: BTreeSet<u32> = sets.iter().flatten().map(|cpu| cpu.core).collect();
+        let idle: Vec<u32> =
+            self.pool.cpus.iter().filter(|cpu| !used.contains(&cpu.core)).map(|cpu| cpu.id).collect();
+        let is_plain =
+            |id: &u32| self.pool.machine.cpu(*id).is_some_and(|cpu| cpu.kind != CoreKind::LowPower);
+        let idle: Vec<u32> = idle.into_iter().filter(is_plain).collect();
+        if !idle.is_empty() {
+            self.reasons.push(format!("The cores of CPUs {} stay free.", cpu_list::format(&idle)));
+        }
+    }
+}
