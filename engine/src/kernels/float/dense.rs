@@ -1,0 +1,214 @@
+//! Products with a dense matrix: the output head, and the projections of models that are not ternary.
+
+use std::ops::Range;
+
+use super::dense_rows::{self, RowReader};
+use super::lanes::{Lanes, LanesTask, padded};
+use super::shared_out::SharedOut;
+use crate::dense::{DenseFormat, DenseMatrix, dequantize_row};
+use crate::kernels::KernelSet;
+use crate::pool::ThreadPool;
+
+impl KernelSet {
+    /// `out[t][r] = dot(row r of w, x[t])` for every row of `x` (n, cols): values are dequantised exactly and
+    /// summed in the one order of float reductions.
+    ///
+    /// # Panics
+    /// If `x` is not whole rows of `n_cols` or `out` not (n, `n_rows`).
+    pub fn dense_matmul(self, pool: &ThreadPool, w: &DenseMatrix<'_>, x: &[f32], out: &mut [f32]) {
+        let n = check_shape(w, x);
+        assert_eq!(out.len(), n * w.n_rows(), "output of {w:?} times {n} rows");
+        let (out, n_rows) = (SharedOut::new(out), w.n_rows());
+        pool.for_each_chunk(n_rows, rows_per_chunk(n_rows, pool.n_threads()), &|_, rows| {
+            let rows = DenseRows { w: *w, rows, x, out: &out, stride: n_rows };
+            self.on_lanes(rows);
+        });
+    }
+
+    /// `dot(row of w, x)` for one row, as [`Self::dense_matmul`] gives it.
+    ///
+    /// # Panics
+    /// If there is no such row or `x` is not `n_cols` long.
+    #[must_use]
+    pub fn dense_dot(self, w: &DenseMatrix<'_>, row: usize, x: &[f32]) -> f32 {
+        assert_eq!(check_shape(w, x), 1, "one row of inputs");
+        assert!(row < w.n_rows(), "row {row} of {w:?}");
+        let mut out = [0.0];
+        // A one-row view, whose output is at 0.
+        let rows = DenseRows { w: *w, rows: row..row + 1, x, out: &SharedOut::new(&mut out), stride: 0 };
+        self.on_lanes(DenseDot(rows));
+        out[0]
+    }
+}
+
+/// The number of input rows.
+fn check_shape(w: &DenseMatrix<'_>, x: &[f32]) -> usize {
+    assert!(x.len().is_multiple_of(w.n_cols()), "{} inputs for {w:?}", x.len());
+    x.len() / w.n_cols()
+}
+
+/// Enough chunks that no thread waits long for the last one, and enough rows in one to be worth claiming.
+pub(super) fn rows_per_chunk(n_rows: usize, n_threads: usize) -> usize {
+    (n_rows / (n_threads * 8)).clamp(8, 128).next_multiple_of(4)
+}
+
+struct DenseRows<'a> {
+    w: DenseMatrix<'a>,
+    rows: Range<usize>,
+    x: &'a [f32],                // (n, cols)
+    out: &'a SharedOut<'a, f32>, // (n, stride)
+    stride: usize,
+}
+
+impl LanesTask for DenseRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        match self.w.format() {
+            DenseFormat::F32 => self.of::<L, dense_rows::F32>(lanes),
+            DenseFormat::F16 => self.of::<L, dense_rows::F16>(lanes),
+            DenseFormat::Bf16 => self.of::<L, dense_rows::Bf16>(lanes),
+            DenseFormat::Q8_0 => self.of::<L, dense_rows::Q8_0>(lanes),
+            DenseFormat::Q6K => self.of::<L, dense_rows::Q6K>(lanes),
+            DenseFormat::Q4_0 => self.of::<L, dense_rows::Q4_0>(lanes),
+        }
+    }
+}
+
+impl DenseRows<'_> {
+    /// Four rows at a time, over four tokens at a time where registers allow, so that a row is dequantised
+    /// once for several tokens and no chain of additions waits for itself.
+    #[inline(always)]
+    fn of<L: Lanes, F: RowReader>(&self, lanes: L) {
+        let n = self.x.len() / self.w.n_cols();
+        let mut row = self.rows.start;
+        while row + 4 <= self.rows.end {
+            let mut token = 0;
+            if L::IS_WIDE {
+                while token + 4 <= n {
+                    self.tile::<L, F, 4, 4>(lanes, row, token);
+                    token += 4;
+                }
+            } else {
+                while token + 2 <= n {
+                    self.tile::<L, F, 2, 2>(lanes, row, token);
+                    self.tile::<L, F, 2, 2>(lanes, row + 2, token);
+                    token += 2;
+                }
+            }
+            for token in token..n {
+                self.tile::<L, F, 4, 1>(lanes, row, token);
+            }
+            row += 4;
+        }
+        for row in row..self.rows.end {
+            for token in 0..n {
+                self.tile::<L, F, 1, 1>(lanes, row, token);
+            }
+        }
+    }
+
+    /// `R` rows from `row` times `T` tokens from `token`.
+    #[inline(always)]
+    fn tile<L: Lanes, F: RowReader, const R: usize, const T: usize>(
+        &self,
+        lanes: L,
+        row: usize,
+        token: usize,
+    ) {
+        let sums = self.sums::<L, F, R, T>(lanes, row, token);
+        for (t, sums) in sums.iter().enumerate() {
+            self.put((token + t) * self.stride + row, sums);
+        }
+    }
+
+    #[inline(always)]
+    fn sums<L: Lanes, F: RowReader, const R: usize, const T: usize>(
+        &self,
+        lanes: L,
+        row: usize,
+        token: usize,
+    ) -> [[f32; R]; T] {
+        let n_cols = self.w.n_cols();
+        let n_pairs = n_cols / 32;
+        let mut rows = [&[0u8][..]; R];
+        for (r, bytes) in rows.iter_mut().enumerate() {
+            *bytes = self.w.row(row + r);
+        }
+        let mut xs = [&[0.0f32][..]; T];
+        for (t, x) in xs.iter_mut().enumerate() {
+            *x = &self.x[(token + t) * n_cols..][..n_cols];
+        }
+        let mut acc = [[lanes.splat(0.0); T]; R];
+        for pair in 0..n_pairs {
+            let mut x_pair = [[lanes.splat(0.0); 2]; T];
+            for (v, x) in x_pair.iter_mut().zip(xs) {
+                let x = x[pair * 32..][..32].as_chunks::<16>().0;
+                *v = [lanes.load(&x[0]), lanes.load(&x[1])];
+            }
+            for (acc, row) in acc.iter_mut().zip(rows) {
+                let [a, b] = F::pair(lanes, row, pair);
+                for (acc, x) in acc.iter_mut().zip(x_pair) {
+                    *acc = lanes.fma(b, x[1], lanes.fma(a, x[0], *acc));
+                }
+            }
+        }
+        if n_pairs * 32 < n_cols {
+            for (acc, row) in acc.iter_mut().zip(rows) {
+                self.tail(lanes, row, xs, acc);
+            }
+        }
+        let mut sums = [[0.0; R]; T];
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (t, acc) in acc.into_iter().enumerate() {
+                sums[t][r] = lanes.sum(acc);
+            }
+        }
+        sums
+    }
+
+    /// The columns after the last whole thirty-two, which only unblocked formats have.
+    #[inline(always)]
+    fn tail<L: Lanes, const T: usize>(&self, lanes: L, row: &[u8], xs: [&[f32]; T], acc: &mut [L::V; T]) {
+        let done = self.w.n_cols() / 32 * 32;
+        let n_rest = self.w.n_cols() - done;
+        let mut values = [0.0; 32];
+        dequantize_row(self.w.format(), &row[done * self.w.format().block_bytes()..], &mut values[..n_rest]);
+        for (i, w) in values[..n_rest].chunks(16).enumerate() {
+            let w = lanes.load(&padded(w, 0.0));
+            for (acc, x) in acc.iter_mut().zip(xs) {
+                let x = &x[done + i * 16..];
+                *acc = lanes.fma(w, lanes.load(&padded(&x[..x.len().min(16)], 0.0)), *acc);
+            }
+        }
+    }
+
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "threads write disjoint parts of the output")]
+    fn put(&self, at: usize, sums: &[f32]) {
+        // SAFETY: rows of a chunk belong to one task, so that no other writes these columns.
+        unsafe { self.out.part(at, sums.len()) }.copy_from_slice(sums);
+    }
+}
+
+struct DenseDot<'a>(DenseRows<'a>);
+
+impl LanesTask for DenseDot<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let rows = &self.0;
+        let row = rows.rows.start;
+        let [[sum]] = match rows.w.format() {
+            DenseFormat::F32 => rows.sums::<L, dense_rows::F32, 1, 1>(lanes, row, 0),
+            DenseFormat::F16 => rows.sums::<L, dense_rows::F16, 1, 1>(lanes, row, 0),
+            DenseFormat::Bf16 => rows.sums::<L, dense_rows::Bf16, 1, 1>(lanes, row, 0),
+            DenseFormat::Q8_0 => rows.sums::<L, dense_rows::Q8_0, 1, 1>(lanes, row, 0),
+            DenseFormat::Q6K => rows.sums::<L, dense_rows::Q6K, 1, 1>(lanes, row, 0),
+            DenseFormat::Q4_0 => rows.sums::<L, dense_rows::Q4_0, 1, 1>(lanes, row, 0),
+        };
+        rows.put(0, &[sum]);
+    }
+}

@@ -1,0 +1,86 @@
+//! Sixteen-lane arithmetic.
+
+use half::f16;
+use proptest::prelude::*;
+
+use super::super::lanes::{Lanes, LanesTask, exp};
+use super::{any_float, assert_same, noise, plain_tree};
+use crate::kernels::KernelSet;
+
+/// Every operation on three vectors.
+struct Everything<'a>(&'a [f32; 48], &'a [u8; 64]);
+
+impl LanesTask for Everything<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> Vec<f32> {
+        let [a, b, c] = [0, 1, 2].map(|i| lanes.load(&self.0.as_chunks().0[i]));
+        let bytes = self.1.as_chunks::<32>().0;
+        let nibbles = self.1.as_chunks::<16>().0;
+        let mut halves = [f16::ZERO; 16];
+        lanes.store_f16(a, &mut halves);
+        let mut vectors = vec![
+            lanes.add(a, b),
+            lanes.mul(a, b),
+            lanes.fma(a, b, c),
+            lanes.max(a, b),
+            lanes.exp(a),
+            lanes.load_f16(&halves),
+            lanes.load_f16_bytes(&bytes[0]),
+            lanes.load_bf16_bytes(&bytes[1]),
+            lanes.splat(lanes.f16_value([self.1[5], self.1[6]])),
+            lanes.splat(lanes.sum(a)),
+        ];
+        vectors.extend(lanes.load_i8(&bytes[0]));
+        vectors.extend(lanes.load_nibbles(&nibbles[3]));
+        for (shift, pair_shift) in [(0, 0), (0, 2), (4, 4), (4, 6)] {
+            vectors.extend(lanes.load_six_bits(&bytes[0], shift, &bytes[1], pair_shift));
+        }
+        let mut out = vec![[0.0; 16]; vectors.len()];
+        for (v, out) in vectors.into_iter().zip(&mut out) {
+            lanes.store(v, out);
+        }
+        let mut out = out.as_flattened().to_vec();
+        out.extend(lanes.sum4([a, b, c, a]));
+        out
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_set_computes_the_same_lanes(
+        floats in proptest::collection::vec(any_float(), 48),
+        bytes in proptest::collection::vec(any::<u8>(), 64),
+    ) {
+        let (floats, bytes) = (floats.try_into().unwrap(), bytes.try_into().unwrap());
+        let mut sets = KernelSet::all_present();
+        let expected = sets.next().unwrap().on_lanes(Everything(&floats, &bytes));
+        for set in sets {
+            assert_same(&set.on_lanes(Everything(&floats, &bytes)), &expected, &set);
+        }
+    }
+
+    #[test]
+    fn exp_is_close(x in -87.0f32..88.5) {
+        let exact = libm::exp(f64::from(x));
+        prop_assert!((f64::from(exp(x)) - exact).abs() <= exact * 1.5e-7, "{x}");
+    }
+}
+
+#[test]
+fn exp_at_its_edges() {
+    let values = [0.0, -0.0, -87.31, -1e30, f32::NEG_INFINITY, 88.71, f32::INFINITY].map(exp);
+    assert_eq!(values, [1.0, 1.0, 0.0, 0.0, 0.0, f32::INFINITY, f32::INFINITY]);
+    assert!(exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn a_sum_is_the_tree() {
+    let v: [f32; 48] = noise(3, 48).try_into().unwrap();
+    for set in KernelSet::all_present() {
+        let out = set.on_lanes(Everything(&v, &[0; 64]));
+        let expected: Vec<f32> = [0, 1, 2, 0].iter().map(|i| plain_tree(v.as_chunks().0[*i])).collect();
+        assert_same(&out[out.len() - 4..], &expected, &set);
+    }
+}
