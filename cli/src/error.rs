@@ -6,6 +6,8 @@ use std::fmt::Display;
 use std::io;
 use std::path::Path;
 
+use bitnetd_config::LoadError;
+use bitnetd_proto::client::ClientError;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 
@@ -23,6 +25,16 @@ impl CliError {
     /// A failure with a code and a text of its own.
     pub(crate) fn new(code: ExitCode, message: impl Display) -> Self {
         Self { code, error: anyhow::anyhow!("{message}"), hint: None }
+    }
+
+    /// The command line asks for something that cannot be.
+    pub(crate) fn usage(message: impl Display) -> Self {
+        Self::new(ExitCode::Usage, message)
+    }
+
+    /// A library's error with the code that it means.
+    pub(crate) fn with_code(code: ExitCode, error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self { code, error: anyhow::Error::new(error), hint: None }
     }
 
     /// A file could not be opened, read or written. `action` is a verb phrase such as `read`.
@@ -51,10 +63,30 @@ impl CliError {
         Self::new(ExitCode::Ok, "the reader of stdout went away")
     }
 
+    /// The user pressed Ctrl-C.
+    pub(crate) fn interrupted() -> Self {
+        Self::new(ExitCode::Interrupted, "interrupted")
+    }
+
     /// The same failure with a next step, unless it has one.
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint.get_or_insert_with(|| hint.into());
         self
+    }
+
+    /// The same failure, said to be in some place such as a line of a file.
+    pub(crate) fn within(self, place: impl Display + Send + Sync + 'static) -> Self {
+        Self { error: self.error.context(place), ..self }
+    }
+
+    /// The same failure with another code.
+    pub(crate) fn with_exit_code(self, code: ExitCode) -> Self {
+        Self { code, ..self }
+    }
+
+    /// What a peer said, if it was one that failed.
+    pub(crate) fn wire(&self) -> Option<&WireError> {
+        self.error.downcast_ref()
     }
 
     /// The code to exit with.
@@ -84,7 +116,8 @@ impl Display for CliError {
 impl From<WireError> for CliError {
     fn from(error: WireError) -> Self {
         let code = match error.code {
-            ErrorCode::InvalidRequest | ErrorCode::EmptyPrompt | ErrorCode::ContextExceeded => ExitCode::Data,
+            ErrorCode::InvalidRequest => ExitCode::Usage,
+            ErrorCode::EmptyPrompt | ErrorCode::ContextExceeded => ExitCode::Data,
             ErrorCode::PermissionDenied => ExitCode::Permission,
             ErrorCode::Overloaded | ErrorCode::Draining => ExitCode::Temporary,
             ErrorCode::UnsupportedVersion | ErrorCode::Degraded => ExitCode::Unavailable,
@@ -94,8 +127,38 @@ impl From<WireError> for CliError {
             | ErrorCode::Poisoned
             | ErrorCode::Cancelled => ExitCode::Failure,
         };
-        let hint = error.hint.clone();
+        let hint = error.hint.clone(); // Printed as ours.
         Self { code, error: anyhow::Error::new(error), hint }
+    }
+}
+
+impl From<ClientError> for CliError {
+    fn from(error: ClientError) -> Self {
+        let code = match &error {
+            ClientError::Refused(wire) => return wire.clone().into(),
+            ClientError::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                ExitCode::Permission
+            }
+            ClientError::Connect { .. } | ClientError::Link(_) | ClientError::Closed => ExitCode::Unavailable,
+            ClientError::Unexpected(_) => ExitCode::Software,
+        };
+        Self::with_code(code, error)
+    }
+}
+
+impl From<LoadError> for CliError {
+    fn from(error: LoadError) -> Self {
+        let code = match &error {
+            LoadError::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ExitCode::NoInput,
+            LoadError::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                ExitCode::Permission
+            }
+            LoadError::Read { .. }
+            | LoadError::TooLarge { .. }
+            | LoadError::NotUtf8 { .. }
+            | LoadError::Invalid(_) => ExitCode::Config,
+        };
+        Self::with_code(code, error)
     }
 }
 

@@ -5,9 +5,15 @@
 
 #![forbid(unsafe_code)]
 
+mod answer; // One answer as it arrives.
+mod control; // `status`, `drain`, `restart`.
+mod daemon; // A running daemon, through its socket.
 mod error; // Outcome -> message, hint and exit code, in one place.
+mod generate;
 mod logging;
 mod manual; // `completions` and `man`.
+mod request_args; // The flags that say what to generate.
+mod runtime; // The event loop, and Ctrl-C.
 mod terminal; // Everything that is written to stdout and stderr.
 
 use bitnetd_proto::exit_code::ExitCode;
@@ -52,6 +58,14 @@ Exit codes: 0 ok, 1 failed, 64 wrong command line, 65 bad data, 66 no such input
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Get one answer from the daemon, streamed to stdout
+    Generate(Box<generate::GenerateArgs>),
+    /// Show how the daemon is: health, model, workers, counters
+    Status(control::StatusArgs),
+    /// Let the daemon finish what it has accepted, then end
+    Drain(control::DrainArgs),
+    /// Replace the worker process of one slot; its jobs go on elsewhere
+    Restart(control::RestartArgs),
     /// Print a completion script for a shell
     Completions(manual::CompletionsArgs),
     /// Print the manual page (troff), or write one page for each subcommand to a folder
@@ -61,6 +75,10 @@ enum Command {
 fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
     logging::init(&cli.log);
     match cli.command {
+        Command::Generate(args) => generate::main(&args),
+        Command::Status(args) => control::status(&args),
+        Command::Drain(args) => control::drain(&args),
+        Command::Restart(args) => control::restart(&args),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::man(&args, Cli::command()),
     }

@@ -2,6 +2,8 @@
 
 use std::io::{self, Write as _};
 
+use tokio::sync::{mpsc, oneshot};
+
 use crate::error::CliError;
 
 /// Says a line to the user, on stderr.
@@ -16,6 +18,51 @@ pub(crate) fn put(data: &[u8]) -> Result<(), CliError> {
         io::ErrorKind::BrokenPipe => CliError::reader_gone(),
         _ => CliError::os("write to stdout", error),
     })
+}
+
+/// Writes to stdout from a thread of its own, in order.
+///
+/// A reader that is slow (a pager) then holds back only its own stream, not the supervision of workers that runs on
+/// the main thread.
+#[derive(Debug)]
+pub(crate) struct Printer {
+    texts: mpsc::Sender<String>,
+    outcome: oneshot::Receiver<Result<(), CliError>>,
+}
+
+/// Pieces of text that may wait for a slow reader.
+const PRINTER_QUEUE_LEN_MAX: usize = 64;
+
+impl Printer {
+    /// Starts the thread.
+    pub(crate) fn start() -> Result<Self, CliError> {
+        let (texts, mut queue) = mpsc::channel::<String>(PRINTER_QUEUE_LEN_MAX);
+        let (tell, outcome) = oneshot::channel();
+        let print_all = move || {
+            let mut result = Ok(());
+            while let (Ok(()), Some(text)) = (&result, queue.blocking_recv()) {
+                result = put(text.as_bytes());
+            }
+            drop(queue); // From here on `put` fails.
+            drop(tell.send(result));
+        };
+        std::thread::Builder::new()
+            .name("stdout".into())
+            .spawn(print_all)
+            .map_err(|error| CliError::os("start a thread", error))?;
+        Ok(Self { texts, outcome })
+    }
+
+    /// Hands a text over; waits while too many are waiting. Fails if stdout is closed: `finish` tells why.
+    pub(crate) async fn put(&self, text: String) -> Result<(), CliError> {
+        self.texts.send(text).await.map_err(|_| CliError::reader_gone())
+    }
+
+    /// Waits until everything is written.
+    pub(crate) async fn finish(self) -> Result<(), CliError> {
+        drop(self.texts);
+        self.outcome.await.unwrap_or_else(|_| Err(CliError::reader_gone()))
+    }
 }
 
 /// Drops the result of a write whose failure nobody can be told about.

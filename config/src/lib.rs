@@ -20,7 +20,7 @@ pub use crate::choice::Choice;
 pub use crate::environment::{Environment, SocketPathError};
 pub use crate::load::CONFIG_FILE_BYTES_MAX;
 pub use crate::problem::{ConfigErrors, LoadError, Problem};
-pub use crate::schema::{KEYS, Key};
+pub use crate::schema::{ISAS, KEYS, Key};
 pub use crate::sections::{
     AffinityConfig, Config, CoreChoice, EngineConfig, HeadChoice, ListenConfig, LogConfig, LogFormat,
     ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig, SmtPolicy, SplitConfig, WatchdogConfig,

@@ -146,8 +146,7 @@ pub(crate) const NOT_YET: &[(&str, &str)] = &[
 /// Values of `engine.kv_type`.
 pub(crate) const KV_TYPES: &[&str] = &["f16"];
 /// Values of `engine.isa`.
-pub(crate) const ISAS: &[&str] =
-    &["auto", "scalar", "avx2", "avx-vnni", "avx512-vnni", "neon", "neon-dotprod"];
+pub const ISAS: &[&str] = &["auto", "scalar", "avx2", "avx-vnni", "avx512-vnni", "neon", "neon-dotprod"];
 /// Values of `engine.wait`.
 pub(crate) const WAITS: &[&str] = &["spin", "hybrid", "park"];
 /// Values of `engine.huge_pages`.

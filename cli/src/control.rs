@@ -1,0 +1,246 @@
+//! `bitnetd status`, `drain` and `restart`: look at the daemon and tell it what to do.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::status::{Health, SlotReport, StatusReport};
+use clap::Args;
+
+use crate::answer::json_line;
+use crate::daemon::SocketArgs;
+use crate::error::CliError;
+use crate::terminal;
+
+/// `bitnetd status`
+#[derive(Debug, Args)]
+#[command(after_help = "Exit code: 0 if the service is ready or draining, 1 if it starts or is degraded.")]
+pub(crate) struct StatusArgs {
+    /// Print the whole report as JSON
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
+/// `bitnetd drain`
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
+/// `bitnetd restart`
+#[derive(Debug, Args)]
+pub(crate) struct RestartArgs {
+    /// Slot number, as `bitnetd status` shows it
+    slot: u32,
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
+/// Prints how the service is.
+pub(crate) fn status(args: &StatusArgs) -> Result<ExitCode, CliError> {
+    let report = args.socket.connect()?.status()?;
+    let shown = if args.json { json_line(&report)? } else { table(&report) };
+    terminal::put(shown.as_bytes())?;
+    Ok(match report.health {
+        Health::Ready | Health::Draining => ExitCode::Ok,
+        Health::Starting | Health::Degraded => ExitCode::Failure,
+    })
+}
+
+/// Asks the service to finish what it has and end.
+pub(crate) fn drain(args: &DrainArgs) -> Result<ExitCode, CliError> {
+    args.socket.connect()?.drain()?;
+    Ok(ExitCode::Ok)
+}
+
+/// Asks for a new process in one slot.
+pub(crate) fn restart(args: &RestartArgs) -> Result<ExitCode, CliError> {
+    args.socket.connect()?.restart(args.slot)?;
+    Ok(ExitCode::Ok)
+}
+
+/// The report for people.
+fn table(report: &StatusReport) -> String {
+    let mut lines = String::new();
+    let totals = &report.totals;
+    let health = match report.health {
+        Health::Starting => "starting",
+        Health::Ready => "ready",
+        Health::Degraded => "degraded",
+        Health::Draining => "draining",
+    };
+    let up = format_age(Duration::try_from_secs_f64(report.uptime_s).unwrap_or_default());
+    let mut line = |name: &str, value: String| {
+        // Writing to a String cannot fail.
+        let _written = writeln!(lines, "{name:<9}{value}");
+    };
+    line("health", format!("{health}, up {up}, pid {}, {}", report.pid, report.server));
+    if let Some(model) = &report.model {
+        let size = format!("{:.1} MB", mega(model.image_bytes));
+        line(
+            "model",
+            format!(
+                "{} ({}, {} parameters, {size}, context {}, {})",
+                model.name,
+                model.architecture,
+                format_count(model.n_params),
+                model.n_ctx,
+                model.isa
+            ),
+        );
+    }
+    line(
+        "jobs",
+        format!(
+            "{} waiting of {}, {} completed, {} failed, {} cancelled, {} refused",
+            report.queued,
+            report.queue_max,
+            totals.completed,
+            totals.failed,
+            totals.cancelled,
+            totals.refused
+        ),
+    );
+    line("repairs", format!("{} restarts, {} jobs moved", totals.restarts, totals.failovers));
+    line("tokens", format!("{} generated", totals.tokens));
+    lines.push('\n');
+    lines.push_str(&slot_table(&report.slots));
+    lines
+}
+
+fn slot_table(slots: &[SlotReport]) -> String {
+    let header = ["SLOT", "STATE", "PID", "CPUS", "NODE", "JOBS", "RESTARTS", "TOKENS", "LAST EXIT"];
+    let mut rows = vec![header.map(str::to_owned)];
+    let optional = |value: Option<u32>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
+    for slot in slots {
+        rows.push([
+            slot.slot.to_string(),
+            slot.state.clone(),
+            optional(slot.pid),
+            slot.cpus.clone(),
+            optional(slot.memory_node),
+            slot.jobs.to_string(),
+            slot.restarts.to_string(),
+            slot.load.decode_tokens.to_string(),
+            slot.last_exit.clone().unwrap_or_else(|| "-".to_owned()),
+        ]);
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let mut shown = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        shown.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        shown.push('\n');
+    }
+    shown
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
+fn mega(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+/// `7.4M`, `2.4B`.
+fn format_count(count: u64) -> String {
+    let millions = mega(count);
+    if millions >= 1000.0 { format!("{:.1}B", millions / 1000.0) } else { format!("{millions:.1}M") }
+}
+
+/// `12s`, `3m 5s`, `7h 12m`, `3d 4h`.
+fn format_age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{minutes}m {}s", seconds % 60),
+        3600..86_400 => format!("{hours}h {}m", minutes % 60),
+        _ => format!("{days}d {}h", hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bitnetd_proto::status::Totals;
+    use bitnetd_proto::worker_link::{ModelSummary, WorkerLoad};
+
+    use super::*;
+
+    #[test]
+    fn the_table_for_people() {
+        let slot = SlotReport {
+            slot: 0,
+            state: "ready".into(),
+            pid: Some(4243),
+            cpus: "0-3".into(),
+            memory_node: None,
+            restarts: 0,
+            jobs: 2,
+            load: WorkerLoad { decode_tokens: 512, ..WorkerLoad::default() },
+            last_exit: None,
+        };
+        let broken = SlotReport {
+            slot: 1,
+            state: "backoff".into(),
+            pid: None,
+            cpus: "4-7".into(),
+            memory_node: Some(1),
+            restarts: 12,
+            last_exit: Some("killed by signal 9".into()),
+            ..slot.clone()
+        };
+        let model = ModelSummary {
+            name: "story".into(),
+            architecture: "bitnet-b1.58".into(),
+            n_params: 7_350_000,
+            n_ctx: 256,
+            n_vocab: 4096,
+            n_layers: 8,
+            n_embd: 256,
+            isa: "avx2".into(),
+            head: "F16".into(),
+            image_bytes: 4_200_000,
+            kv_bytes: 0,
+            has_chat_template: false,
+        };
+        let report = StatusReport {
+            server: "bitnetd/0.1.0".into(),
+            pid: 4242,
+            uptime_s: 3671.0,
+            health: Health::Ready,
+            model: Some(model),
+            queued: 3,
+            queue_max: 512,
+            totals: Totals {
+                accepted: 20,
+                completed: 17,
+                restarts: 12,
+                failovers: 1,
+                tokens: 700,
+                ..Totals::default()
+            },
+            slots: vec![slot, broken],
+        };
+        insta::assert_snapshot!(table(&report), @r#"
+        health   ready, up 1h 1m, pid 4242, bitnetd/0.1.0
+        model    story (bitnet-b1.58, 7.3M parameters, 4.2 MB, context 256, avx2)
+        jobs     3 waiting of 512, 17 completed, 0 failed, 0 cancelled, 0 refused
+        repairs  12 restarts, 1 jobs moved
+        tokens   700 generated
+
+        SLOT  STATE    PID   CPUS  NODE  JOBS  RESTARTS  TOKENS  LAST EXIT
+        0     ready    4243  0-3   -     2     0         512     -
+        1     backoff  -     4-7   1     2     12        512     killed by signal 9
+        "#);
+    }
+
+    #[test]
+    fn ages_and_counts() {
+        let age = |seconds| format_age(Duration::from_secs(seconds));
+        assert_eq!([age(59), age(185), age(25_920), age(273_600)], ["59s", "3m 5s", "7h 12m", "3d 4h"]);
+        assert_eq!([format_count(7_350_000), format_count(2_412_820_480)], ["7.3M", "2.4B"]);
+    }
+}
