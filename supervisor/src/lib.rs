@@ -1,1 +1,22 @@
-//! placeholder
+//! The parent process: slots, spawn, watch, restart, admission, routing, fail-over.
+//!
+//! Decisions live in `state` (pure), effects in `event_loop`, `child` and `link`, clients in `listener` and
+//! `connection`. It touches no model arithmetic and no tokenizer, so nothing in a model can bring it down.
+//! `README.md` beside it has the state diagram and the tables.
+
+mod backoff; // How long a slot waits, and when it gives up.
+mod child; // One worker process: the only unsafe code.
+mod connection; // One client.
+mod event_loop; // The one task that owns the state.
+mod image; // The model every worker inherits.
+mod link; // The task of one worker.
+mod listener; // The socket.
+mod log; // What the log says.
+mod report; // The state in words of the wire.
+mod service; // The face to the rest of the program.
+mod state; // The state machine.
+
+pub use image::{ImageError, ModelSource};
+pub use listener::{ListenError, Listener};
+pub use service::{Job, JobEvent, Service, ServiceSpec, StartError};
+pub use state::ClientId;

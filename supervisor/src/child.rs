@@ -1,0 +1,257 @@
+//! One worker process, from `fork` to reaped.
+//!
+//! Affinity, memory policy, process group and parent-death signal are set in the child before `exec`, so that
+//! not one instruction of the worker runs in the wrong place. Never decides *whether* to start or stop a
+//! process: `state` does that.
+//!
+//! The parent-death signal follows the *thread* that forked. Spawn from the main thread only (a current-thread
+//! runtime on it), or workers die with whatever thread it was.
+//!
+//! Invariant: dropping a [`Child`] that was not reaped kills its process group.
+
+#![expect(unsafe_code, reason = "pre_exec and set_mempolicy have no safe form")]
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bitnetd_config::NumaPolicy;
+use bitnetd_placement::WorkerPlacement;
+use bitnetd_proto::error::{ErrorCode, WireError};
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::worker_link::{WORKER_IMAGE_FD, WORKER_LINK_FD};
+use command_fds::{CommandFdExt, FdMapping};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, getpid, getppid};
+use tokio::net::UnixStream;
+use tokio::process::Command;
+
+use crate::state::{StopSignal, WorkerExit};
+
+/// Memory nodes a mask has room for, as in the kernel's largest configuration.
+const NODES_MAX: usize = 1024;
+const MASK_BITS: usize = usize::BITS as usize;
+
+/// What to start.
+#[derive(Debug)]
+pub(crate) struct SpawnSpec<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) args: &'a [OsString],
+    pub(crate) image: BorrowedFd<'a>,
+    pub(crate) placement: &'a WorkerPlacement,
+    pub(crate) numa: NumaPolicy,
+}
+
+/// Why a process could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SpawnError {
+    /// A CPU number beyond what the system call can express.
+    #[error("CPU {cpu} is beyond the {cpus_max} CPUs of an affinity mask")]
+    Cpu { cpu: u32, cpus_max: usize },
+    /// A node number beyond what the system call can express.
+    #[error("memory node {node} is beyond the {NODES_MAX} nodes of a mask")]
+    Node { node: u32 },
+    /// No socket pair, or no copy of the image's descriptor.
+    #[error("cannot make the descriptors of a worker: {0}")]
+    Descriptors(io::Error),
+    /// Fork, set-up of the child, or exec.
+    #[error("cannot start `{program}`: {source}")]
+    Exec { program: PathBuf, source: io::Error },
+}
+
+impl SpawnError {
+    /// What the state machine is told.
+    pub(crate) fn to_wire(&self) -> (WireError, ExitCode) {
+        let exit_code = match self {
+            Self::Cpu { .. } | Self::Node { .. } => ExitCode::Config,
+            Self::Exec { source, .. } if source.kind() == io::ErrorKind::NotFound => ExitCode::NoInput,
+            Self::Exec { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                ExitCode::Permission
+            }
+            Self::Descriptors(_) | Self::Exec { .. } => ExitCode::Os,
+        };
+        (WireError::new(ErrorCode::Internal, self.to_string()), exit_code)
+    }
+}
+
+/// A process group that can be signalled until its leader is reaped.
+#[derive(Debug)]
+pub(crate) struct ProcessGroup {
+    leader: Pid,
+    /// Set by the task that reaps, at once after it did; read before each signal. Once the leader is reaped its
+    /// number may belong to someone else.
+    is_reaped: AtomicBool,
+}
+
+impl ProcessGroup {
+    pub(crate) fn signal(&self, signal: StopSignal) {
+        if self.is_reaped.load(Ordering::Acquire) {
+            return;
+        }
+        let signal = match signal {
+            StopSignal::Terminate => Signal::SIGTERM,
+            StopSignal::Kill => Signal::SIGKILL,
+        };
+        // It can only fail because the group has just ended; its exit is on the way.
+        let _gone = killpg(self.leader, signal);
+    }
+}
+
+/// A worker process.
+#[derive(Debug)]
+pub(crate) struct Child {
+    inner: tokio::process::Child,
+    group: Arc<ProcessGroup>,
+}
+
+impl Child {
+    pub(crate) fn pid(&self) -> u32 {
+        self.group.leader.as_raw().unsigned_abs()
+    }
+
+    pub(crate) fn group(&self) -> Arc<ProcessGroup> {
+        self.group.clone()
+    }
+
+    /// Waits for the end and reaps.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost if it is dropped before it is done.
+    pub(crate) async fn wait(&mut self) -> WorkerExit {
+        let n_oom_kills = oom_kills();
+        let status = self.inner.wait().await;
+        self.group.is_reaped.store(true, Ordering::Release);
+        match status {
+            Ok(status) => classify(status, n_oom_kills),
+            Err(_) => WorkerExit { code: None, signal: None, is_out_of_memory: false },
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        self.group.signal(StopSignal::Kill);
+    }
+}
+
+fn classify(status: ExitStatus, n_oom_kills_before: Option<u64>) -> WorkerExit {
+    let signal = status.signal();
+    let was_oom =
+        signal == Some(libc::SIGKILL) && n_oom_kills_before.zip(oom_kills()).is_some_and(|(a, b)| b > a);
+    WorkerExit { code: status.code(), signal, is_out_of_memory: was_oom }
+}
+
+/// How many processes the kernel has killed for lack of memory since boot.
+fn oom_kills() -> Option<u64> {
+    let vmstat = std::fs::read_to_string("/proc/vmstat").ok()?;
+    vmstat.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+}
+
+/// Starts a process; gives it and our end of its link.
+pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnError> {
+    let setup = ChildSetup::new(spec)?;
+    let (ours, theirs) = StdUnixStream::pair().map_err(SpawnError::Descriptors)?;
+    ours.set_nonblocking(true).map_err(SpawnError::Descriptors)?;
+    let ours = UnixStream::from_std(ours).map_err(SpawnError::Descriptors)?;
+    let image = spec.image.try_clone_to_owned().map_err(SpawnError::Descriptors)?;
+
+    let mut command = Command::new(spec.program);
+    command.args(spec.args).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    let mappings = vec![
+        FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: WORKER_LINK_FD },
+        FdMapping { parent_fd: image, child_fd: WORKER_IMAGE_FD },
+    ];
+    let collision = |_| SpawnError::Descriptors(io::ErrorKind::AlreadyExists.into());
+    command.fd_mappings(mappings).map_err(collision)?;
+    // SAFETY: `apply` makes system calls on values that were made before the fork; it neither allocates, nor
+    // locks, nor panics, which is all that may happen between fork and exec.
+    unsafe {
+        command.pre_exec(move || setup.apply());
+    }
+    let exec = |source| SpawnError::Exec { program: spec.program.to_owned(), source };
+    let inner = command.spawn().map_err(exec)?;
+    let leader =
+        inner.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| exec(Errno::ESRCH.into()))?;
+    // When memory runs out a worker should go before the supervisor, which can replace it. Best effort.
+    let _score = std::fs::write(format!("/proc/{leader}/oom_score_adj"), "500");
+    let group = Arc::new(ProcessGroup { leader: Pid::from_raw(leader), is_reaped: AtomicBool::new(false) });
+    Ok((Child { inner, group }, ours))
+}
+
+/// Everything the child does to itself between fork and exec, prepared before the fork.
+#[derive(Clone, Copy)]
+struct ChildSetup {
+    parent: Pid,
+    /// `None` leaves the affinity as it is.
+    cpus: Option<CpuSet>,
+    memory: Option<MemoryPolicy>,
+}
+
+#[derive(Clone, Copy)]
+struct MemoryPolicy {
+    mode: libc::c_int,
+    nodes: [usize; NODES_MAX / MASK_BITS],
+}
+
+impl ChildSetup {
+    fn new(spec: &SpawnSpec<'_>) -> Result<Self, SpawnError> {
+        let mut set = CpuSet::new();
+        for &cpu in &spec.placement.cpus {
+            let index = usize::try_from(cpu).unwrap_or(usize::MAX);
+            set.set(index).map_err(|_| SpawnError::Cpu { cpu, cpus_max: CpuSet::count() })?;
+        }
+        let cpus = (!spec.placement.cpus.is_empty()).then_some(set);
+        let memory = match spec.placement.memory_node {
+            Some(node) if spec.numa != NumaPolicy::Off => Some(MemoryPolicy::new(node, spec.numa)?),
+            _ => None,
+        };
+        Ok(Self { parent: getpid(), cpus, memory })
+    }
+
+    /// Runs in the child, between fork and exec.
+    fn apply(&self) -> io::Result<()> {
+        set_pdeathsig(Signal::SIGKILL)?;
+        if getppid() != self.parent {
+            return Err(Errno::ESRCH.into()); // The parent died before the line above.
+        }
+        if let Some(cpus) = &self.cpus {
+            sched_setaffinity(Pid::from_raw(0), cpus)?;
+        }
+        self.memory.as_ref().map_or(Ok(()), MemoryPolicy::apply)
+    }
+}
+
+impl MemoryPolicy {
+    fn new(node: u32, numa: NumaPolicy) -> Result<Self, SpawnError> {
+        let index = usize::try_from(node).unwrap_or(usize::MAX);
+        let mut nodes = [0; NODES_MAX / MASK_BITS];
+        *nodes.get_mut(index / MASK_BITS).ok_or(SpawnError::Node { node })? = 1 << (index % MASK_BITS);
+        let mode = match numa {
+            NumaPolicy::Preferred => libc::MPOL_PREFERRED,
+            NumaPolicy::Interleave => libc::MPOL_INTERLEAVE,
+            _ => libc::MPOL_BIND,
+        };
+        Ok(Self { mode, nodes })
+    }
+
+    fn apply(&self) -> io::Result<()> {
+        // SAFETY: `nodes` is a live array of `NODES_MAX` bits, the length that is passed; the kernel only reads it.
+        let result =
+            unsafe { libc::syscall(libc::SYS_set_mempolicy, self.mode, self.nodes.as_ptr(), NODES_MAX) };
+        match Errno::result(result) {
+            // A kernel without NUMA, or a container that forbids the call: placement is a wish there.
+            Ok(_) | Err(Errno::ENOSYS | Errno::EPERM) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The model image that every worker inherits: a file, or sealed memory for the built-in model.
+//!
+//! Opened once, before the first worker, so that a file that is replaced on disk changes nothing for a running
+//! service. The supervisor never reads a byte of it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+
+use bitnetd_proto::exit_code::ExitCode;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// Where the model comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelSource {
+    /// A GGUF file.
+    File(PathBuf),
+    /// The bytes of the model that is part of the program.
+    BuiltIn(&'static [u8]),
+}
+
+impl ModelSource {
+    /// What messages call it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self {
+            Self::File(path) => path.display().to_string(),
+            Self::BuiltIn(_) => "built-in".into(),
+        }
+    }
+}
+
+/// Why a model could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It is not there, or may not be read.
+    #[error("cannot open model `{path}`")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// It is a directory or the like.
+    #[error("model `{path}` is not a regular file")]
+    NotAFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It has no bytes.
+    #[error("model `{path}` is empty")]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The built-in model could not be copied to sealed memory.
+    #[error("cannot put the built-in model into sealed memory")]
+    Memory(#[source] io::Error),
+}
+
+impl ImageError {
+    /// How the program should end.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                ExitCode::Permission
+            }
+            Self::Open { .. } | Self::NotAFile { .. } => ExitCode::NoInput,
+            Self::Empty { .. } => ExitCode::Data,
+            Self::Memory(_) => ExitCode::Os,
+        }
+    }
+}
+
+/// An open model.
+#[derive(Debug)]
+pub(crate) struct ModelImage(OwnedFd);
+
+impl ModelImage {
+    pub(crate) fn open(source: &ModelSource) -> Result<Self, ImageError> {
+        match source {
+            ModelSource::File(path) => {
+                let open = |source| ImageError::Open { path: path.clone(), source };
+                let kind = std::fs::metadata(path).map_err(open)?.file_type();
+                // Opening a FIFO would wait for a writer.
+                if kind.is_fifo() || kind.is_socket() || kind.is_char_device() || kind.is_dir() {
+                    return Err(ImageError::NotAFile { path: path.clone() });
+                }
+                let file = File::open(path).map_err(open)?;
+                let metadata = file.metadata().map_err(open)?;
+                if !metadata.is_file() {
+                    return Err(ImageError::NotAFile { path: path.clone() });
+                }
+                if metadata.len() == 0 {
+                    return Err(ImageError::Empty { path: path.clone() });
+                }
+                Ok(Self(file.into()))
+            }
+            ModelSource::BuiltIn(bytes) => sealed_memory(bytes).map(Self).map_err(ImageError::Memory),
+        }
+    }
+}
+
+impl AsFd for ModelImage {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A descriptor of memory that nobody can change any more, opened read-only.
+fn sealed_memory(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let fd = memfd_create(c"bitnetd-model", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let mut file = File::from(fd);
+    file.write_all(bytes)?;
+    let seals =
+        SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    let mut path = OsString::from("/proc/self/fd/");
+    path.push(file.as_raw_fd().to_string());
+    // Without /proc the writable descriptor does as well: the seals hold.
+    Ok(File::open(path).unwrap_or(file).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn the_built_in_model_is_sealed_and_whole() {
+        let image = ModelImage::open(&ModelSource::BuiltIn(b"GGUF and so on")).unwrap();
+        let mut file = File::from(image.as_fd().try_clone_to_owned().unwrap());
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "GGUF and so on");
+        assert!(file.write_all(b"x").is_err() && file.set_len(3).is_err());
+    }
+
+    #[test]
+    fn each_bad_file_has_its_exit_code() {
+        let folder = tempfile::tempdir().unwrap();
+        let empty = folder.path().join("empty.gguf");
+        std::fs::write(&empty, b"").unwrap();
+        let cases = [
+            (folder.path().join("none.gguf"), ExitCode::NoInput),
+            (folder.path().to_owned(), ExitCode::NoInput),
+            (PathBuf::from("/dev/null"), ExitCode::NoInput),
+            (empty, ExitCode::Data),
+        ];
+        for (path, exit_code) in cases {
+            let error = ModelImage::open(&ModelSource::File(path)).unwrap_err();
+            assert_eq!(error.exit_code(), exit_code, "{error}");
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! The Unix socket that clients connect to: taken over only if it is dead, given back only if it is ours.
+//!
+//! A lock file beside the socket decides between two supervisors, also while one of them is starting; a connect
+//! probe decides about anything else that may listen there. The lock file stays: removing it would let two
+//! processes hold "the" lock.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bitnetd_config::ListenConfig;
+use bitnetd_proto::exit_code::ExitCode;
+use interprocess::local_socket::{GenericFilePath, Listener as LocalListener, ListenerOptions, ToFsName};
+use interprocess::os::unix::local_socket::ListenerOptionsExt;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::time::sleep;
+
+use crate::connection;
+use crate::service::Service;
+
+/// Connections that are being refused at once, at most; more are closed without a word.
+const REFUSALS_MAX: usize = 64;
+/// Wait after `accept` failed for lack of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Why the socket cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another process serves it.
+    #[error("socket `{path}` is in use by another process")]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The folder or the file may not be written.
+    #[error("socket `{path}` may not be created here")]
+    NotPermitted {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The folder is not there.
+    #[error("the folder of socket `{path}` does not exist")]
+    NoFolder {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something else has that name.
+    #[error("`{path}` is there and is not a socket")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Anything else, such as a path that is too long.
+    #[error("cannot listen on socket `{path}`: {source}")]
+    Bind {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ListenError {
+    fn new(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::AddrInUse => Self::InUse { path },
+            io::ErrorKind::NotFound => Self::NoFolder { path },
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                Self::NotPermitted { path, source }
+            }
+            _ => Self::Bind { path, source },
+        }
+    }
+
+    /// How the program should end.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::InUse { .. } => ExitCode::Temporary,
+            Self::NotPermitted { .. } => ExitCode::Permission,
+            Self::NoFolder { .. } | Self::NotASocket { .. } | Self::Bind { .. } => ExitCode::Config,
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::InUse { .. } => {
+                "a bitnetd is running there: use it, stop it, or choose another `listen.socket`"
+            }
+            Self::NotPermitted { .. } => "choose a `listen.socket` that this user may create",
+            Self::NoFolder { .. } => "create the folder, or choose another `listen.socket`",
+            Self::NotASocket { .. } => "remove the file, or choose another `listen.socket`",
+            Self::Bind { .. } => "choose another `listen.socket` (at most 107 bytes long)",
+        }
+    }
+}
+
+/// A socket that is ours.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the socket file, to know it again.
+    identity: (u64, u64),
+    config: ListenConfig,
+    /// Held until after the socket file is gone.
+    _lock: Flock<File>,
+}
+
+impl Listener {
+    /// Takes `path`. A socket that nobody serves any more is replaced, one that is served never.
+    ///
+    /// # Errors
+    /// [`ListenError`]; nothing was changed then.
+    pub fn bind(path: &Path, config: &ListenConfig) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::new(path, source);
+        let lock = lock_beside(path)?;
+        remove_if_dead(path)?;
+        let name = path.to_fs_name::<GenericFilePath>().map_err(failed)?;
+        // The mode is set before the file appears, so that nobody slips in between.
+        let LocalListener::UdSocket(socket) = ListenerOptions::new()
+            .name(name)
+            .mode(config.mode)
+            .reclaim_name(false)
+            .create_sync()
+            .map_err(failed)?;
+        let socket = StdUnixListener::from(OwnedFd::from(socket));
+        socket.set_nonblocking(true).map_err(failed)?;
+        let socket = UnixListener::from_std(socket).map_err(failed)?;
+        let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
+        let identity = (metadata.dev(), metadata.ino());
+        tracing::info!(socket = %path.display(), mode = format!("{:04o}", config.mode), "listening");
+        Ok(Self { socket, path: path.to_owned(), identity, config: config.clone(), _lock: lock })
+    }
+
+    /// The path it listens on.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Serves clients until the service has stopped, then removes the socket.
+    pub async fn serve(self, service: Service) {
+        let max_connections = self.config.max_connections as usize;
+        let places = Arc::new(Semaphore::new(max_connections));
+        let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
+        let stopped = service.stopped();
+        let mut stopped = std::pin::pin!(stopped);
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.socket.accept() => accepted,
+                _ = &mut stopped => break,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    if !is_about_one_peer(&error) {
+                        tracing::error!(%error, "cannot accept connections for now");
+                        sleep(ACCEPT_PAUSE).await;
+                    }
+                    continue;
+                }
+            };
+            if let Ok(place) = places.clone().try_acquire_owned() {
+                let (service, config) = (service.clone(), self.config.clone());
+                tokio::spawn(async move {
+                    connection::serve(stream, service, &config).await;
+                    drop(place);
+                });
+            } else if let Ok(place) = refusals.clone().try_acquire_owned() {
+                tokio::spawn(async move {
+                    refuse_for_number(stream, max_connections).await;
+                    drop(place);
+                });
+            }
+        }
+        // Connections still have to pass on the last events of their jobs.
+        let _ended =
+            tokio::time::timeout(connection::CLOSE_TIMEOUT, places.acquire_many(self.config.max_connections))
+                .await;
+    }
+}
+
+async fn refuse_for_number(stream: UnixStream, max_connections: usize) {
+    tracing::warn!(max_connections, "connection refused: too many");
+    connection::refuse_for_number(stream, max_connections).await;
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let is_ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if is_ours && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(socket = %self.path.display(), %error, "socket not removed");
+        }
+    }
+}
+
+fn is_about_one_peer(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted)
+}
+
+fn lock_beside(path: &Path) -> Result<Flock<File>, ListenError> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(PathBuf::from(name))
+        .map_err(|source| ListenError::new(path, source))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EWOULDBLOCK => ListenError::InUse { path: path.to_owned() },
+        errno => ListenError::new(path, errno.into()),
+    })
+}
+
+/// Only called under the lock: no other supervisor is between its probe and its bind.
+fn remove_if_dead(path: &Path) -> Result<(), ListenError> {
+    let failed = |source| ListenError::new(path, source);
+    let metadata = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(ListenError::NotASocket { path: path.to_owned() });
+    }
+    match StdUnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            tracing::info!(socket = %path.display(), "taking over a socket that nobody serves");
+            std::fs::remove_file(path).map_err(failed)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(failed(error)),
+        // Connected, or a full backlog: somebody lives there.
+        Ok(_) | Err(_) => Err(ListenError::InUse { path: path.to_owned() }),
+    }
+}

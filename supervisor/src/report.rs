@@ -1,0 +1,115 @@
+//! The state in the words of the wire protocol: for `bitnetd status`, and for a worker's first message.
+
+use std::time::Duration;
+
+use bitnetd_config::HeadChoice;
+use bitnetd_placement::WorkerPlacement;
+use bitnetd_proto::status::{Health, SlotReport, StatusReport, Totals};
+use bitnetd_proto::worker_link::WorkerSetup;
+
+use crate::service::ServiceSpec;
+use crate::state::{Slot, State};
+
+/// Name and version, as in the handshake.
+pub(crate) const SERVER: &str = concat!("bitnetd/", env!("CARGO_PKG_VERSION"));
+
+pub(crate) fn status(state: &State, spec: &ServiceSpec, uptime: Duration) -> StatusReport {
+    StatusReport {
+        server: SERVER.into(),
+        pid: std::process::id(),
+        uptime_s: uptime.as_secs_f64(),
+        health: state.health(),
+        model: state.model().cloned(),
+        queued: u32::try_from(state.n_queued()).unwrap_or(u32::MAX),
+        queue_max: spec.config.queue.max_jobs,
+        totals: state.totals(),
+        slots: state
+            .slots()
+            .iter()
+            .zip(&spec.plan.workers)
+            .map(|(slot, place)| slot_report(slot, place))
+            .collect(),
+    }
+}
+
+/// The report of a service that is gone.
+pub(crate) fn nothing() -> StatusReport {
+    StatusReport {
+        server: SERVER.into(),
+        pid: std::process::id(),
+        uptime_s: 0.0,
+        health: Health::Draining,
+        model: None,
+        queued: 0,
+        queue_max: 0,
+        totals: Totals::default(),
+        slots: Vec::new(),
+    }
+}
+
+fn slot_report(slot: &Slot, placement: &WorkerPlacement) -> SlotReport {
+    SlotReport {
+        slot: slot.id,
+        state: slot.state_name().into(),
+        pid: slot.pid,
+        cpus: cpu_list(&placement.cpus),
+        memory_node: placement.memory_node,
+        restarts: slot.restarts,
+        jobs: u32::try_from(slot.n_jobs()).unwrap_or(u32::MAX),
+        load: slot.load,
+        last_exit: slot.last_exit.clone(),
+    }
+}
+
+pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlacement) -> WorkerSetup {
+    let engine = &spec.config.engine;
+    let head = match spec.config.model.head {
+        HeadChoice::Auto => "auto",
+        HeadChoice::File => "file",
+        HeadChoice::Q8_0 => "q8_0",
+        HeadChoice::Q6K => "q6_k",
+        HeadChoice::Q4_0 => "q4_0",
+    };
+    WorkerSetup {
+        slot,
+        cpus: placement.cpus.clone(),
+        model_name: spec.model.name(),
+        ctx: engine.ctx.unwrap_or(0),
+        max_batch: engine.max_batch,
+        prefill_chunk: engine.prefill_chunk,
+        isa: engine.isa.clone(),
+        head: head.into(),
+        kv_type: engine.kv_type.clone(),
+        wait: engine.wait.clone(),
+        huge_pages: engine.huge_pages.clone(),
+    }
+}
+
+/// Ascending CPU numbers in the kernel's list form: `0-3,8`.
+pub(crate) fn cpu_list(cpus: &[u32]) -> String {
+    let mut ranges: Vec<(u32, u32)> = Vec::new();
+    for &cpu in cpus {
+        match ranges.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(cpu) => *last = cpu,
+            _ => ranges.push((cpu, cpu)),
+        }
+    }
+    let show = |&(first, last): &(u32, u32)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
+    ranges.iter().map(show).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists_are_the_kernels() {
+        let cases: [(&[u32], &str); 4] =
+            [(&[], ""), (&[3], "3"), (&[0, 1, 2, 3, 8], "0-3,8"), (&[1, 3, 5, 6], "1,3,5-6")];
+        for (cpus, expected) in cases {
+            assert_eq!(cpu_list(cpus), expected);
+        }
+    }
+}

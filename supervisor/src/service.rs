@@ -1,0 +1,277 @@
+//! The face of the supervisor to the rest of the program: start it, give it jobs, operate it.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use bitnetd_config::Config;
+use bitnetd_placement::Plan;
+use bitnetd_proto::error::{ErrorCode, WireError};
+use bitnetd_proto::event::{Done, Token};
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::request::GenerateRequest;
+use bitnetd_proto::status::StatusReport;
+use bitnetd_proto::worker_link::ModelSummary;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::event_loop::{Command, Ended, EventLoop, JobSink};
+use crate::image::{ImageError, ModelImage, ModelSource};
+use crate::report;
+use crate::state::{ClientId, JobId, Readiness};
+
+/// Commands that wait for the event loop, at most; callers wait beyond.
+const COMMANDS_MAX: usize = 256;
+/// Events of one job, or of all jobs of one connection, that wait to be read, at most. A reader that falls further
+/// behind loses its jobs; nobody waits for it.
+pub(crate) const UNREAD_EVENTS_MAX: usize = 4096;
+
+/// Everything needed to run workers.
+#[derive(Clone, Debug)]
+pub struct ServiceSpec {
+    /// The validated configuration.
+    pub config: Config,
+    /// Which worker gets which CPUs.
+    pub plan: Plan,
+    /// The model.
+    pub model: ModelSource,
+    /// The program that is started as a worker, usually this one.
+    pub worker_program: PathBuf,
+    /// Its arguments.
+    pub worker_args: Vec<OsString>,
+}
+
+/// Why the service did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The model cannot be opened.
+    #[error("{0}")]
+    Model(ImageError),
+    /// The plan has no worker.
+    #[error("the plan has no worker")]
+    NoWorkers,
+    /// A worker cannot start, and trying again will not help.
+    #[error("{error}")]
+    Worker {
+        /// Its slot.
+        slot: u32,
+        /// What it said, or how it ended.
+        error: WireError,
+        /// The code it ended with.
+        exit_code: ExitCode,
+    },
+    /// The service was stopped before it was ready.
+    #[error("the service was stopped before it was ready")]
+    Stopped,
+}
+
+impl StartError {
+    /// How the program should end.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Model(error) => error.exit_code(),
+            Self::NoWorkers => ExitCode::Config,
+            Self::Worker { exit_code, .. } => *exit_code,
+            Self::Stopped => ExitCode::Interrupted,
+        }
+    }
+}
+
+/// Reads the configuration again and carries it out; what `reload` on a socket calls.
+type Reloader = Box<dyn Fn() -> Result<(), WireError> + Send + Sync>;
+
+/// A running service. Cheap to clone; when the last clone and the last [`Job`] are gone, the workers are killed.
+#[derive(Clone)]
+pub struct Service {
+    /// To the event loop.
+    commands: mpsc::Sender<Command>,
+    readiness: watch::Receiver<Readiness>,
+    ended: watch::Receiver<Option<Ended>>,
+    reloader: Arc<OnceLock<Reloader>>,
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Service").field("ended", &self.ended.borrow().is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Service {
+    /// Opens the model and starts every worker. Does not wait until they are ready.
+    ///
+    /// Call it on a current-thread runtime on the main thread: a worker dies with the thread that started it.
+    ///
+    /// # Errors
+    /// [`StartError::Model`], [`StartError::NoWorkers`].
+    pub async fn start(spec: ServiceSpec) -> Result<Self, StartError> {
+        if spec.plan.workers.is_empty() {
+            return Err(StartError::NoWorkers);
+        }
+        let image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
+        let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);
+        let (readiness_out, readiness) = watch::channel(Readiness::Starting);
+        let (ended_out, ended) = watch::channel(None);
+        tokio::spawn(EventLoop::new(spec, image, readiness_out).run(commands_in, ended_out));
+        Ok(Self { commands, readiness, ended, reloader: Arc::default() })
+    }
+
+    /// Waits until every slot has been ready once.
+    ///
+    /// # Errors
+    /// [`StartError::Worker`] if a slot is given up before that, [`StartError::Stopped`].
+    pub async fn ready(&self) -> Result<ModelSummary, StartError> {
+        let mut readiness = self.readiness.clone();
+        let decided = readiness.wait_for(|readiness| !matches!(readiness, Readiness::Starting)).await;
+        match decided.as_deref() {
+            Ok(Readiness::Ready(model)) => Ok(model.clone()),
+            Ok(Readiness::Failed { slot, error, exit_code }) => {
+                Err(StartError::Worker { slot: *slot, error: error.clone(), exit_code: *exit_code })
+            }
+            Ok(Readiness::Starting) | Err(_) => Err(StartError::Stopped),
+        }
+    }
+
+    /// Asks for a job.
+    ///
+    /// # Errors
+    /// If it is refused: an invalid request, overload, a draining or degraded service.
+    pub async fn submit(&self, client: ClientId, request: GenerateRequest) -> Result<Job, WireError> {
+        let (events_in, events) = mpsc::channel(UNREAD_EVENTS_MAX);
+        let sink = JobSink { events: events_in, overrun: Arc::new(Notify::new()) };
+        let (job, seed) = self.submit_to(client, request, sink).await?;
+        Ok(Job { job, seed, events, commands: self.commands.clone(), is_over: false })
+    }
+
+    /// Asks for a job whose events go into a channel that may serve several.
+    pub(crate) async fn submit_to(
+        &self,
+        client: ClientId,
+        request: GenerateRequest,
+        sink: JobSink,
+    ) -> Result<(JobId, u64), WireError> {
+        self.ask(|reply| Command::Submit { client, request: Box::new(request), sink, reply }).await?
+    }
+
+    /// Gives a job up. Its last event says so.
+    pub(crate) async fn cancel(&self, job: JobId) {
+        let _stopped = self.commands.send(Command::Cancel { job }).await;
+    }
+
+    /// How the service is; after its end, how it was then.
+    pub async fn status(&self) -> StatusReport {
+        if let Ok(report) = self.ask(|reply| Command::Status { reply }).await {
+            return report;
+        }
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(ended)) => ended.report.clone(),
+            _ => report::nothing(), // The event loop is gone without a word: the runtime was shut down.
+        }
+    }
+
+    /// Replaces the worker of one slot; its jobs go on elsewhere. Also brings back a slot that was given up.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`] if there is no such slot.
+    pub async fn restart(&self, slot: u32) -> Result<(), WireError> {
+        self.ask(|reply| Command::Restart { slot, reply }).await?
+    }
+
+    /// Begins to stop: no new jobs, the accepted ones are finished (within the configured time), then the workers
+    /// are stopped. [`Self::stopped`] waits for the end.
+    pub async fn drain(&self) {
+        let _stopped = self.commands.send(Command::Drain).await;
+    }
+
+    /// Stops now: jobs fail, workers are killed. [`Self::stopped`] waits until they are reaped.
+    pub async fn stop(&self) {
+        let _stopped = self.commands.send(Command::Stop).await;
+    }
+
+    /// Waits until every worker is reaped.
+    pub async fn stopped(&self) -> ExitCode {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(ended)) => ended.exit_code,
+            _ => ExitCode::Software, // The event loop is gone without a word: the runtime was shut down.
+        }
+    }
+
+    /// Says what a client's `reload` does. The first call counts.
+    pub fn on_reload(&self, reloader: impl Fn() -> Result<(), WireError> + Send + Sync + 'static) {
+        let _already = self.reloader.set(Box::new(reloader));
+    }
+
+    pub(crate) fn reload(&self) -> Result<(), WireError> {
+        match self.reloader.get() {
+            Some(reloader) => reloader(),
+            None => {
+                Err(WireError::new(ErrorCode::InvalidRequest, "this service cannot reload its configuration"))
+            }
+        }
+    }
+
+    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, WireError> {
+        let gone = || WireError::new(ErrorCode::Draining, "the service has stopped");
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(question(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    }
+}
+
+/// A job that was accepted. Dropping it before its end cancels it.
+#[derive(Debug)]
+pub struct Job {
+    /// The service's name of the job, as in its logs.
+    pub job: u64,
+    /// The seed in use.
+    pub seed: u64,
+    events: mpsc::Receiver<(JobId, JobEvent)>,
+    commands: mpsc::Sender<Command>,
+    is_over: bool,
+}
+
+/// What comes back for a job.
+#[derive(Clone, Debug, PartialEq)]
+pub enum JobEvent {
+    /// One more token.
+    Token(Token),
+    /// It ended well; nothing follows.
+    Done(Done),
+    /// It failed; nothing follows.
+    Failed(WireError),
+}
+
+impl Job {
+    /// The next event; `None` after the last.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost if it is dropped before it is done.
+    pub async fn next(&mut self) -> Option<JobEvent> {
+        if self.is_over {
+            return None;
+        }
+        let event = match self.events.recv().await {
+            Some((_, event)) => event,
+            None => JobEvent::Failed(overrun_error()),
+        };
+        self.is_over = !matches!(event, JobEvent::Token(_));
+        Some(event)
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if !self.is_over {
+            // If the event loop is too busy to hear it now, it notices at the job's next event.
+            let _full = self.commands.try_send(Command::Cancel { job: self.job });
+        }
+    }
+}
+
+/// The end of a job whose reader fell too far behind (or whose service vanished).
+pub(crate) fn overrun_error() -> WireError {
+    let text = format!("the job was given up: its reader fell {UNREAD_EVENTS_MAX} events behind");
+    WireError::new(ErrorCode::Cancelled, text)
+}

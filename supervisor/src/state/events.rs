@@ -1,0 +1,179 @@
+//! What the state machine hears, and what it orders.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bitnetd_proto::error::WireError;
+use bitnetd_proto::event::{Done, Token};
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::request::GenerateRequest;
+use bitnetd_proto::worker_link::{ModelSummary, WorkerLoad};
+
+/// The supervisor's name of a job.
+pub(crate) type JobId = u64;
+/// Number of a slot.
+pub(crate) type SlotId = u32;
+/// Counts the processes of one slot. What an older one still says is ignored.
+pub(crate) type Generation = u64;
+
+/// On whose behalf a job runs; fairness and limits are between these.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ClientId {
+    /// This very process (`bitnetd run`, `bitnetd batch`).
+    InProcess,
+    /// Programs of one user, by the kernel's word.
+    Uid(u32),
+    /// The holder of an API key, by the key's name.
+    Key(String),
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    /// A client asks for a job. Answered with `Accept` or `Refuse`.
+    JobSubmitted { job: JobId, client: ClientId, request: Arc<GenerateRequest> },
+    /// The client gave a job up, or went away.
+    JobCancelled { job: JobId },
+    /// `Spawn` was carried out.
+    WorkerSpawned { slot: SlotId, generation: Generation, pid: u32 },
+    /// `Spawn` could not be carried out; there is no process.
+    WorkerSpawnFailed { slot: SlotId, generation: Generation, error: WireError, exit_code: ExitCode },
+    /// A worker says something.
+    WorkerSpoke { slot: SlotId, generation: Generation, message: WorkerSaid },
+    /// A worker's link ended or carried garbage; its process may still be there.
+    LinkBroke { slot: SlotId, generation: Generation, reason: String },
+    /// A worker's process was reaped. The last event of its generation.
+    WorkerExited { slot: SlotId, generation: Generation, exit: WorkerExit },
+    /// An operator wants a new process in a slot.
+    RestartRequested { slot: SlotId },
+    /// No new jobs; finish the accepted ones, then stop.
+    DrainRequested,
+    /// Stop now.
+    StopRequested,
+    /// Nothing but the time.
+    TimePassed,
+}
+
+/// A worker's message, as far as the state machine cares.
+#[derive(Clone, Debug)]
+pub(crate) enum WorkerSaid {
+    /// The model is loaded.
+    Ready { version: u32, model: Box<ModelSummary>, load_s: f64 },
+    /// It cannot start and exits now.
+    StartFailed { error: WireError, exit_code: ExitCode },
+    /// One more token.
+    Token { job: JobId, token: Token },
+    /// A job ended well.
+    Done { job: JobId, done: Done },
+    /// A job cannot be done.
+    Failed { job: JobId, error: WireError },
+    /// The step loop lives.
+    Pong { seq: u64, load: WorkerLoad },
+}
+
+/// What is to be done. Carrying out an action never fails back into the state machine except as an event.
+#[derive(Clone, Debug)]
+pub(crate) enum Action {
+    /// The answer to `JobSubmitted`: from now on the job is not lost.
+    Accept { job: JobId },
+    /// The answer to `JobSubmitted`: there is no such job.
+    Refuse { job: JobId, error: WireError },
+    /// Hand the client one more token.
+    DeliverToken { job: JobId, token: Token },
+    /// Hand the client the end of its job. Nothing follows.
+    End { job: JobId, outcome: Result<Done, WireError> },
+    /// Start a process. The slot has none now.
+    Spawn { slot: SlotId, generation: Generation },
+    /// Give a worker a job, with the tokens the client already has.
+    SendJob {
+        slot: SlotId,
+        generation: Generation,
+        job: JobId,
+        request: Arc<GenerateRequest>,
+        resume: Vec<u32>,
+    },
+    /// Tell a worker to forget a job.
+    SendCancel { slot: SlotId, generation: Generation, job: JobId },
+    /// Ask the step loop for a sign of life.
+    SendPing { slot: SlotId, generation: Generation, seq: u64 },
+    /// Signal a worker's process group.
+    Signal { slot: SlotId, generation: Generation, signal: StopSignal },
+    /// Write a line into the log.
+    Note(Note),
+    /// Every worker is reaped, every job has ended; nothing follows.
+    Stop,
+}
+
+/// How a process group is told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StopSignal {
+    /// `SIGTERM`.
+    Terminate,
+    /// `SIGKILL`.
+    Kill,
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WorkerExit {
+    /// Exit code, if it exited.
+    pub(crate) code: Option<i32>,
+    /// Signal, if it was killed.
+    pub(crate) signal: Option<i32>,
+    /// The kernel killed a process for lack of memory at about that time.
+    pub(crate) is_out_of_memory: bool,
+}
+
+impl WorkerExit {
+    /// The code, if it is one of ours.
+    pub(crate) fn exit_code(&self) -> Option<ExitCode> {
+        self.code.and_then(ExitCode::from_raw)
+    }
+}
+
+impl fmt::Display for WorkerExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.code, self.signal) {
+            (Some(code), _) => match self.exit_code() {
+                Some(known) => write!(f, "exited with code {code} ({known:?})"),
+                None => write!(f, "exited with code {code}"),
+            },
+            (None, Some(signal)) => {
+                let name =
+                    nix::sys::signal::Signal::try_from(signal).map_or("unknown", |signal| signal.as_str());
+                write!(f, "killed by signal {signal} ({name})")?;
+                if self.is_out_of_memory {
+                    write!(f, ", the kernel was out of memory")?;
+                }
+                Ok(())
+            }
+            (None, None) => write!(f, "ended in an unknown way"),
+        }
+    }
+}
+
+/// What the log is told; `event_loop.rs` chooses level and words.
+#[derive(Clone, Debug)]
+pub(crate) enum Note {
+    /// A worker can take jobs.
+    WorkerReady { slot: SlotId, load_s: f64 },
+    /// A worker's process ended.
+    WorkerExited { slot: SlotId, exit: WorkerExit, n_jobs: usize },
+    /// A worker is killed, and why.
+    WorkerKilled { slot: SlotId, reason: String, n_jobs: usize },
+    /// A slot waits before its next process.
+    RestartScheduled { slot: SlotId, wait: Duration },
+    /// A slot is given up.
+    SlotFailed { slot: SlotId, error: WireError },
+    /// A job was given to a worker.
+    JobDispatched { job: JobId, slot: SlotId, resumed_at: usize },
+    /// A job lost its worker and waits for another.
+    JobFailedOver { job: JobId, slot: SlotId, n_delivered: usize },
+    /// A job ended.
+    JobEnded { job: JobId, error: Option<WireError> },
+    /// A job was refused.
+    JobRefused { client: ClientId, error: WireError },
+    /// The service takes no new jobs.
+    Draining { n_jobs: usize },
+}

@@ -1,0 +1,371 @@
+//! Jobs: admission, routing, tokens, fail-over, and the one end that each has.
+
+use std::cmp::Reverse;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bitnetd_proto::error::{ErrorCode, WireError};
+use bitnetd_proto::event::{Done, Token};
+use bitnetd_proto::request::{GenerateRequest, Prompt};
+
+use super::events::{Action, ClientId, JobId, Note, SlotId};
+use super::slots::Then;
+use super::{Service, Slot, State};
+
+/// A job that dies with its worker this many times `queue.max_deaths` is given up even if it makes progress in
+/// between, so that one that costs a worker for each token does not go on for long.
+const DEATHS_IN_ALL_FACTOR: u32 = 16;
+
+/// Where a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In `State::waiting`.
+    Waiting,
+    /// In `State::resumed`.
+    Resumed,
+    /// In `State::suspects`.
+    Suspect,
+    /// In `Slot::jobs`.
+    OnSlot(SlotId),
+}
+
+/// An accepted job.
+#[derive(Debug)]
+pub(super) struct JobRecord {
+    pub(super) client: ClientId,
+    pub(super) request: Arc<GenerateRequest>,
+    pub(super) place: Place,
+    /// Ids of the tokens the client has; what a new worker resumes after.
+    pub(super) delivered: Vec<u32>,
+    /// Worker deaths with this job on board since its last token.
+    deaths_in_row: u32,
+    deaths: u32,
+    dispatches: u32,
+    /// No token has come since it was given to its present worker: the prompt is still to be paid for.
+    is_prefilling: bool,
+    accepted_at: Duration,
+    first_dispatch_at: Option<Duration>,
+    first_token_at: Option<Duration>,
+    last_token_at: Option<Duration>,
+    deadline: Option<Duration>,
+}
+
+impl JobRecord {
+    fn priority(&self) -> Reverse<i8> {
+        Reverse(self.request.priority)
+    }
+
+    /// Tokens of work that are still to be done, roughly.
+    fn outstanding_tokens(&self) -> u64 {
+        let delivered = self.delivered.len() as u64;
+        let to_come = u64::from(self.request.max_tokens).saturating_sub(delivered);
+        if self.is_prefilling {
+            to_come + delivered + prompt_tokens_guess(&self.request.prompt)
+        } else {
+            to_come
+        }
+    }
+
+    /// Fills in what only the supervisor knows.
+    fn complete(&self, mut done: Done, slot: SlotId, now: Duration) -> Done {
+        let since_accepted = |at: Duration| at.saturating_sub(self.accepted_at).as_secs_f64();
+        let timings = &mut done.timings;
+        timings.queue_s = self.first_dispatch_at.map_or(0.0, since_accepted);
+        timings.ttft_s = self.first_token_at.map_or(0.0, since_accepted);
+        timings.total_s = since_accepted(now);
+        timings.slot = slot;
+        timings.failovers = self.dispatches.saturating_sub(1);
+        if timings.failovers > 0
+            && let (Some(first), Some(last)) = (self.first_token_at, self.last_token_at)
+        {
+            // The last worker saw only its own part.
+            timings.decode_s = last.saturating_sub(first).as_secs_f64();
+        }
+        done.usage.completion_tokens = u32::try_from(self.delivered.len()).unwrap_or(u32::MAX);
+        done
+    }
+}
+
+/// The supervisor does not tokenise; four bytes a token is near enough to compare workers.
+fn prompt_tokens_guess(prompt: &Prompt) -> u64 {
+    let bytes = |text: &str| text.len() as u64 / 4 + 1;
+    match prompt {
+        Prompt::Text(text) => bytes(text),
+        Prompt::Chat(messages) => messages.iter().map(|message| bytes(&message.content) + 4).sum(),
+        Prompt::Tokens(ids) => ids.len() as u64,
+    }
+}
+
+impl State {
+    pub(super) fn submit(
+        &mut self,
+        job: JobId,
+        client: ClientId,
+        request: Arc<GenerateRequest>,
+        now: Duration,
+    ) {
+        if let Err(error) = self.admit(&client, &request) {
+            self.totals.refused += 1;
+            self.note(Note::JobRefused { client, error: error.clone() });
+            self.actions.push(Action::Refuse { job, error });
+            return;
+        }
+        self.totals.accepted += 1;
+        let deadline = request.deadline_ms.map(|ms| now + Duration::from_millis(ms));
+        if let Some(at) = deadline {
+            self.deadlines.insert((at, job));
+        }
+        self.waiting.push(client.clone(), request.priority, job);
+        let record = JobRecord {
+            client,
+            request,
+            place: Place::Waiting,
+            delivered: Vec::new(),
+            deaths_in_row: 0,
+            deaths: 0,
+            dispatches: 0,
+            is_prefilling: true,
+            accepted_at: now,
+            first_dispatch_at: None,
+            first_token_at: None,
+            last_token_at: None,
+            deadline,
+        };
+        self.jobs.insert(job, record);
+        self.actions.push(Action::Accept { job });
+    }
+
+    fn admit(&self, client: &ClientId, request: &GenerateRequest) -> Result<(), WireError> {
+        if self.service != Service::Running {
+            return Err(WireError::new(ErrorCode::Draining, "the service is stopping and takes no new jobs")
+                .with_retry_after_ms(1000));
+        }
+        if self.slots.iter().all(Slot::is_failed) {
+            return Err(self.degraded_error());
+        }
+        request.validate()?;
+        let max_jobs = self.policy.queue.max_jobs as usize;
+        if self.waiting.len() >= max_jobs {
+            return Err(WireError::new(
+                ErrorCode::Overloaded,
+                format!("{max_jobs} jobs are waiting already"),
+            )
+            .with_retry_after_ms(self.retry_after_ms()));
+        }
+        let max_per_client = self.policy.queue.max_per_client as usize;
+        if self.waiting.len_of(client) >= max_per_client {
+            let text = format!("{max_per_client} jobs of this client are waiting already");
+            return Err(
+                WireError::new(ErrorCode::Overloaded, text).with_retry_after_ms(self.retry_after_ms())
+            );
+        }
+        Ok(())
+    }
+
+    /// When a place in the queue should be free: half of what waits, at the pace of the last jobs.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "the value is clamped to a small positive range first"
+    )]
+    fn retry_after_ms(&self) -> u64 {
+        let n_ready = self.slots.iter().filter(|slot| slot.is_ready()).count().max(1);
+        let at_once = (n_ready * self.policy.max_batch.max(1) as usize) as f64;
+        let rounds = (self.waiting.len() as f64 / 2.0 / at_once).max(0.25);
+        (rounds * self.job_seconds * 1000.0).clamp(50.0, 60_000.0) as u64
+    }
+
+    /// Gives waiting jobs to ready workers.
+    pub(super) fn dispatch(&mut self, now: Duration) {
+        let held = self.dispatch_suspects(now);
+        while let Some(slot) = self.least_loaded_slot(held) {
+            let Some(job) = self.resumed.pop_first().map(|(_, job)| job).or_else(|| self.waiting.pop())
+            else {
+                return;
+            };
+            self.place(job, slot, now);
+        }
+    }
+
+    /// Suspects run alone. While one waits, the emptiest worker gets nothing new, until it is empty.
+    fn dispatch_suspects(&mut self, now: Duration) -> Option<SlotId> {
+        while let Some(&job) = self.suspects.front() {
+            let free = self.slots.iter().filter(|slot| slot.is_ready() && slot.alone.is_none());
+            let slot = free.min_by_key(|slot| (slot.jobs.len(), slot.id))?;
+            let (id, is_empty) = (slot.id, slot.jobs.is_empty());
+            if !is_empty {
+                return Some(id);
+            }
+            self.suspects.pop_front();
+            self.place(job, id, now);
+            if let Some(slot) = self.slot_mut(id) {
+                slot.alone = Some(job);
+            }
+        }
+        None
+    }
+
+    fn least_loaded_slot(&self, held: Option<SlotId>) -> Option<SlotId> {
+        let max_batch = self.policy.max_batch.max(1) as usize;
+        self.slots
+            .iter()
+            .filter(|slot| slot.is_ready() && slot.alone.is_none() && Some(slot.id) != held)
+            .filter(|slot| slot.jobs.len() < max_batch)
+            .min_by_key(|slot| (self.outstanding_tokens(slot), slot.id))
+            .map(|slot| slot.id)
+    }
+
+    fn outstanding_tokens(&self, slot: &Slot) -> u64 {
+        slot.jobs.iter().filter_map(|job| self.jobs.get(job)).map(JobRecord::outstanding_tokens).sum()
+    }
+
+    fn place(&mut self, job: JobId, slot: SlotId, now: Duration) {
+        let Some(record) = self.jobs.get_mut(&job) else { return };
+        record.place = Place::OnSlot(slot);
+        record.is_prefilling = true;
+        record.dispatches += 1;
+        record.first_dispatch_at.get_or_insert(now);
+        if record.dispatches > 1 {
+            self.totals.failovers += 1;
+        }
+        let (request, resume) = (record.request.clone(), record.delivered.clone());
+        let Some(of) = self.slot_mut(slot) else { return };
+        of.jobs.insert(job);
+        let generation = of.generation;
+        self.note(Note::JobDispatched { job, slot, resumed_at: resume.len() });
+        self.actions.push(Action::SendJob { slot, generation, job, request, resume });
+    }
+
+    /// The job, if it is on that slot now; a worker may still speak of one that was taken from it.
+    fn on_slot(&mut self, job: JobId, slot: SlotId) -> Option<&mut JobRecord> {
+        self.jobs.get_mut(&job).filter(|record| record.place == Place::OnSlot(slot))
+    }
+
+    pub(super) fn token_came(&mut self, slot: SlotId, job: JobId, token: Token, now: Duration) {
+        let Some(record) = self.on_slot(job, slot) else { return };
+        let expected = record.delivered.len();
+        if usize::try_from(token.index) != Ok(expected) || expected >= record.request.max_tokens as usize {
+            let reason = format!("it sent token {} of job {job} instead of {expected}", token.index);
+            self.kill(slot, reason, Then::Backoff);
+            return;
+        }
+        record.delivered.push(token.id);
+        record.deaths_in_row = 0;
+        record.is_prefilling = false;
+        record.first_token_at.get_or_insert(now);
+        record.last_token_at = Some(now);
+        self.totals.tokens += 1;
+        if let Some(of) = self.slot_mut(slot).filter(|of| of.alone == Some(job)) {
+            of.alone = None;
+        }
+        self.actions.push(Action::DeliverToken { job, token });
+    }
+
+    pub(super) fn job_done(&mut self, slot: SlotId, job: JobId, done: Done, now: Duration) {
+        let Some(record) = self.on_slot(job, slot) else { return };
+        let done = record.complete(done, slot, now);
+        let on_worker = now.saturating_sub(record.first_dispatch_at.unwrap_or(now)).as_secs_f64();
+        self.job_seconds = 0.9 * self.job_seconds + 0.1 * on_worker;
+        self.totals.completed += 1;
+        self.end(job, Ok(done));
+    }
+
+    pub(super) fn job_failed(&mut self, slot: SlotId, job: JobId, error: WireError, _now: Duration) {
+        if self.on_slot(job, slot).is_some() {
+            self.totals.failed += 1;
+            self.end(job, Err(error));
+        }
+    }
+
+    /// Takes every job from a slot whose process is lost. Returns how many there were.
+    pub(super) fn abandon_jobs(&mut self, slot: SlotId, is_death: bool) -> usize {
+        let Some(of) = self.slot_mut(slot) else { return 0 };
+        let jobs = std::mem::take(&mut of.jobs);
+        of.alone = None;
+        for &job in &jobs {
+            self.abandon(job, slot, is_death);
+        }
+        jobs.len()
+    }
+
+    fn abandon(&mut self, job: JobId, slot: SlotId, is_death: bool) {
+        let max_deaths = self.policy.queue.max_deaths.max(1);
+        let Some(record) = self.jobs.get_mut(&job) else { return };
+        if is_death {
+            record.deaths += 1;
+            record.deaths_in_row += 1;
+        }
+        let (in_row, deaths, n_delivered) = (record.deaths_in_row, record.deaths, record.delivered.len());
+        if in_row >= max_deaths || deaths >= max_deaths.saturating_mul(DEATHS_IN_ALL_FACTOR) {
+            let text = format!("{deaths} workers died with this job on board; it is given up");
+            self.totals.failed += 1;
+            self.end(job, Err(WireError::new(ErrorCode::Poisoned, text)));
+            return;
+        }
+        if in_row > 0 && in_row + 1 >= max_deaths {
+            record.place = Place::Suspect;
+            self.suspects.push_back(job);
+        } else {
+            record.place = Place::Resumed;
+            let key = (record.priority(), job);
+            self.resumed.insert(key);
+        }
+        self.note(Note::JobFailedOver { job, slot, n_delivered });
+    }
+
+    /// Ends a job from this side: cancelled, too late, or nowhere to run.
+    pub(super) fn give_up(&mut self, job: JobId, error: WireError) {
+        let Some(record) = self.jobs.get(&job) else { return };
+        if error.code == ErrorCode::Cancelled {
+            self.totals.cancelled += 1;
+        } else {
+            self.totals.failed += 1;
+        }
+        if let Place::OnSlot(slot) = record.place
+            && let Some(of) = self.slot_mut(slot)
+        {
+            let generation = of.generation;
+            self.actions.push(Action::SendCancel { slot, generation, job });
+        }
+        self.end(job, Err(error));
+    }
+
+    pub(super) fn end_all(&mut self, error: &WireError) {
+        let jobs: Vec<JobId> = self.jobs.keys().copied().collect();
+        for job in jobs {
+            self.give_up(job, error.clone());
+        }
+    }
+
+    pub(super) fn expire_jobs(&mut self, now: Duration) {
+        while let Some(&(at, job)) = self.deadlines.first().filter(|(at, _)| *at <= now) {
+            self.deadlines.remove(&(at, job));
+            let text = "the job's deadline passed before it ended";
+            self.give_up(job, WireError::new(ErrorCode::DeadlineExceeded, text));
+        }
+    }
+
+    /// Forgets a job and tells its client. The only way out of `jobs`.
+    fn end(&mut self, job: JobId, outcome: Result<Done, WireError>) {
+        let Some(record) = self.jobs.remove(&job) else { return };
+        match record.place {
+            Place::Waiting => self.waiting.remove(&record.client, record.request.priority, job),
+            Place::Resumed => {
+                self.resumed.remove(&(record.priority(), job));
+            }
+            Place::Suspect => self.suspects.retain(|&suspect| suspect != job),
+            Place::OnSlot(slot) => {
+                if let Some(of) = self.slot_mut(slot) {
+                    of.jobs.remove(&job);
+                    of.alone = of.alone.filter(|&alone| alone != job);
+                }
+            }
+        }
+        if let Some(at) = record.deadline {
+            self.deadlines.remove(&(at, job));
+        }
+        self.note(Note::JobEnded { job, error: outcome.as_ref().err().cloned() });
+        self.actions.push(Action::End { job, outcome });
+    }
+}

@@ -1,0 +1,126 @@
+//! The jobs that wait for their first worker: priorities, then clients in turn, then first come first served.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use super::{ClientId, JobId};
+
+/// Jobs that wait. Higher priorities go first; within one, each client in turn gives its oldest.
+#[derive(Clone, Debug, Default)]
+pub(super) struct WaitQueue {
+    lanes: BTreeMap<Reverse<i8>, Lane>,
+    n_of_client: HashMap<ClientId, usize>,
+    n_jobs: usize,
+}
+
+/// Jobs of one priority.
+///
+/// Invariant: `turns` names each client with a job in `jobs` once, and no other.
+#[derive(Clone, Debug, Default)]
+struct Lane {
+    turns: VecDeque<ClientId>,
+    jobs: HashMap<ClientId, VecDeque<JobId>>,
+}
+
+impl WaitQueue {
+    pub(super) fn len(&self) -> usize {
+        self.n_jobs
+    }
+
+    pub(super) fn len_of(&self, client: &ClientId) -> usize {
+        self.n_of_client.get(client).copied().unwrap_or(0)
+    }
+
+    pub(super) fn push(&mut self, client: ClientId, priority: i8, job: JobId) {
+        let lane = self.lanes.entry(Reverse(priority)).or_default();
+        let of_client = lane.jobs.entry(client.clone()).or_default();
+        if of_client.is_empty() {
+            lane.turns.push_back(client.clone());
+        }
+        of_client.push_back(job);
+        *self.n_of_client.entry(client).or_default() += 1;
+        self.n_jobs += 1;
+    }
+
+    pub(super) fn pop(&mut self) -> Option<JobId> {
+        let mut entry = self.lanes.first_entry()?;
+        let lane = entry.get_mut();
+        let client = lane.turns.pop_front()?;
+        let of_client = lane.jobs.get_mut(&client)?;
+        let job = of_client.pop_front()?;
+        if of_client.is_empty() {
+            lane.jobs.remove(&client);
+        } else {
+            lane.turns.push_back(client.clone());
+        }
+        if lane.turns.is_empty() {
+            entry.remove();
+        }
+        self.forget_one(&client);
+        Some(job)
+    }
+
+    /// Takes out one job, wherever it stands.
+    pub(super) fn remove(&mut self, client: &ClientId, priority: i8, job: JobId) {
+        let Some(lane) = self.lanes.get_mut(&Reverse(priority)) else { return };
+        let Some(of_client) = lane.jobs.get_mut(client) else { return };
+        let Some(place) = of_client.iter().position(|&waiting| waiting == job) else { return };
+        of_client.remove(place);
+        if of_client.is_empty() {
+            lane.jobs.remove(client);
+            lane.turns.retain(|turn| turn != client);
+        }
+        if lane.turns.is_empty() {
+            self.lanes.remove(&Reverse(priority));
+        }
+        self.forget_one(client);
+    }
+
+    fn forget_one(&mut self, client: &ClientId) {
+        self.n_jobs -= 1;
+        if let Some(n) = self.n_of_client.get_mut(client) {
+            *n -= 1;
+            if *n == 0 {
+                self.n_of_client.remove(client);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drained(queue: &mut WaitQueue) -> Vec<JobId> {
+        std::iter::from_fn(|| queue.pop()).collect()
+    }
+
+    #[test]
+    fn clients_take_turns_within_a_priority() {
+        let mut queue = WaitQueue::default();
+        for job in 0..4 {
+            queue.push(ClientId::Uid(1), 0, job);
+        }
+        queue.push(ClientId::Uid(2), 0, 10);
+        queue.push(ClientId::Uid(2), 0, 11);
+        queue.push(ClientId::Uid(3), 5, 20);
+        queue.push(ClientId::Uid(1), -5, 30);
+        assert_eq!((queue.len(), queue.len_of(&ClientId::Uid(1))), (8, 5));
+        assert_eq!(drained(&mut queue), [20, 0, 10, 1, 11, 2, 3, 30]);
+        assert_eq!((queue.len(), queue.len_of(&ClientId::Uid(1))), (0, 0));
+    }
+
+    #[test]
+    fn a_removed_job_leaves_the_turns_in_order() {
+        let mut queue = WaitQueue::default();
+        for (client, job) in [(1, 0), (2, 1), (1, 2), (3, 3)] {
+            queue.push(ClientId::Uid(client), 0, job);
+        }
+        queue.remove(&ClientId::Uid(2), 0, 1);
+        queue.remove(&ClientId::Uid(2), 0, 1);
+        queue.remove(&ClientId::Uid(9), 3, 1);
+        assert_eq!(queue.len(), 3);
+        assert_eq!(drained(&mut queue), [0, 3, 2]);
+        assert!(queue.lanes.is_empty() && queue.n_of_client.is_empty());
+    }
+}

@@ -1,0 +1,385 @@
+//! Slots: one process after the other, how each is watched, and what follows when it ends.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use bitnetd_proto::error::{ErrorCode, WireError};
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::handshake::check_version;
+use bitnetd_proto::worker_link::WorkerLoad;
+
+use super::events::{Action, Generation, JobId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid};
+use super::{Policy, Service, State};
+use crate::backoff::RestartHistory;
+
+/// Where a slot is. `Starting`, `Ready` and `Stopping` have a process, the others have none.
+///
+/// ```text
+/// Backoff --wait over--> Starting --ready--> Ready
+///    ^                      |                  |
+///    |      died, broke, too slow, hung: killed|
+///    +---- reaped --- Stopping <---------------+
+///    |                   |
+///    |                   +-- told to stop --> Stopped
+///    +-- too often, or a permanent exit code --> Failed
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+enum Phase {
+    /// There is a process (or is about to be); it has not said that it is ready. Ends by `until`.
+    Starting { until: Duration },
+    /// It takes jobs and answers pings.
+    Ready { watch: Watch },
+    /// It was told to end. It has no jobs any more, and nothing it says counts. Killed at `kill_at`.
+    Stopping { then: Then, kill_at: Option<Duration> },
+    /// Waits to be started.
+    Backoff { until: Duration },
+    /// Given up until an operator restarts it.
+    Failed { error: WireError, exit_code: ExitCode },
+    /// The service is stopping, or has stopped.
+    Stopped,
+}
+
+/// What follows when a stopping process is reaped.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Then {
+    /// Another one after a wait; it counts as a restart.
+    Backoff,
+    /// Another one at once, at an operator's wish.
+    Restart,
+    /// None: starting again cannot help.
+    Fail { error: WireError, exit_code: ExitCode },
+    /// None: the service stops.
+    Stop,
+}
+
+/// The watchdog of one ready worker.
+#[derive(Clone, Debug, PartialEq)]
+struct Watch {
+    seq: u64,
+    /// When the unanswered ping was sent.
+    asked_at: Option<Duration>,
+    ask_at: Duration,
+}
+
+/// One slot.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) id: SlotId,
+    phase: Phase,
+    /// Processes so far.
+    pub(super) generation: Generation,
+    pub(crate) pid: Option<u32>,
+    /// Jobs on board; only a `Ready` slot has any.
+    pub(super) jobs: BTreeSet<JobId>,
+    /// A suspect job that has this worker to itself.
+    pub(super) alone: Option<JobId>,
+    pub(crate) restarts: u64,
+    history: RestartHistory,
+    /// Why the process said it cannot start.
+    pub(super) start_failure: Option<(WireError, ExitCode)>,
+    /// A process of this slot has been ready.
+    pub(super) was_ready: bool,
+    pub(crate) load: WorkerLoad,
+    pub(crate) last_exit: Option<String>,
+    /// Why we killed it, if we did.
+    kill_reason: Option<String>,
+}
+
+impl Slot {
+    pub(super) fn new(id: SlotId) -> Self {
+        Self {
+            id,
+            phase: Phase::Backoff { until: Duration::ZERO },
+            generation: 0,
+            pid: None,
+            jobs: BTreeSet::new(),
+            alone: None,
+            restarts: 0,
+            history: RestartHistory::default(),
+            start_failure: None,
+            was_ready: false,
+            load: WorkerLoad::default(),
+            last_exit: None,
+            kill_reason: None,
+        }
+    }
+
+    /// True if there is a process, or one is being made.
+    pub(super) fn is_live(&self) -> bool {
+        matches!(self.phase, Phase::Starting { .. } | Phase::Ready { .. } | Phase::Stopping { .. })
+    }
+
+    /// True if what the process says counts.
+    pub(super) fn is_serving(&self) -> bool {
+        matches!(self.phase, Phase::Starting { .. } | Phase::Ready { .. })
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self.phase, Phase::Ready { .. })
+    }
+
+    pub(super) fn is_failed(&self) -> bool {
+        matches!(self.phase, Phase::Failed { .. })
+    }
+
+    pub(super) fn failure(&self) -> Option<(&WireError, &ExitCode)> {
+        match &self.phase {
+            Phase::Failed { error, exit_code } => Some((error, exit_code)),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn n_jobs(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// The word `bitnetd status` shows.
+    pub(crate) fn state_name(&self) -> &'static str {
+        match self.phase {
+            Phase::Starting { .. } => "starting",
+            Phase::Ready { .. } => "ready",
+            Phase::Stopping { .. } => "draining",
+            Phase::Backoff { .. } => "backoff",
+            Phase::Failed { .. } => "failed",
+            Phase::Stopped => "stopped",
+        }
+    }
+
+    pub(super) fn next_deadline(&self, policy: &Policy) -> Option<Duration> {
+        match &self.phase {
+            Phase::Starting { until } | Phase::Backoff { until } => Some(*until),
+            Phase::Ready { watch } => {
+                Some(watch.asked_at.map_or(watch.ask_at, |asked_at| asked_at + policy.watchdog.timeout))
+            }
+            Phase::Stopping { kill_at, .. } => *kill_at,
+            Phase::Failed { .. } | Phase::Stopped => None,
+        }
+    }
+
+    pub(super) fn owes_answer(&self) -> bool {
+        matches!(&self.phase, Phase::Ready { watch } if watch.asked_at.is_some())
+    }
+
+    pub(super) fn forgive_pause(&mut self, now: Duration) {
+        if let Phase::Ready { watch } = &mut self.phase
+            && watch.asked_at.is_some()
+        {
+            watch.asked_at = Some(now);
+        }
+    }
+
+    fn pong(&mut self, seq: u64, load: WorkerLoad, now: Duration, policy: &Policy) {
+        self.load = load;
+        if let Phase::Ready { watch } = &mut self.phase
+            && watch.seq == seq
+            && let Some(asked_at) = watch.asked_at.take()
+        {
+            watch.ask_at = now.max(asked_at + policy.watchdog.interval);
+        }
+    }
+}
+
+impl State {
+    /// A message of the process that lives in `slot`.
+    pub(super) fn worker_spoke(&mut self, slot: SlotId, message: WorkerSaid, now: Duration) {
+        let Some(of) = self.slot_mut(slot).filter(|of| of.is_serving()) else { return };
+        let is_ready = of.is_ready();
+        match message {
+            WorkerSaid::Ready { version, model, load_s } if !is_ready => {
+                if let Err(error) = check_version("the worker", version) {
+                    let reason = error.message.clone();
+                    self.kill(slot, reason, Then::Fail { error, exit_code: ExitCode::Software });
+                    return;
+                }
+                of.phase = Phase::Ready { watch: Watch { seq: 0, asked_at: None, ask_at: now } };
+                of.was_ready = true;
+                self.model = Some(*model);
+                self.note(Note::WorkerReady { slot, load_s });
+            }
+            WorkerSaid::StartFailed { error, exit_code } if !is_ready => {
+                of.start_failure = Some((error, exit_code));
+            }
+            WorkerSaid::Token { job, token } if is_ready => self.token_came(slot, job, token, now),
+            WorkerSaid::Done { job, done } if is_ready => self.job_done(slot, job, done, now),
+            WorkerSaid::Failed { job, error } if is_ready => self.job_failed(slot, job, error, now),
+            WorkerSaid::Pong { seq, load } if is_ready => {
+                let policy = self.policy.clone();
+                if let Some(of) = self.slot_mut(slot) {
+                    of.pong(seq, load, now, &policy);
+                }
+            }
+            _ => self.kill(slot, "it sent a message that does not fit its state".into(), Then::Backoff),
+        }
+    }
+
+    /// Kills a serving process; its jobs go on elsewhere.
+    pub(super) fn kill(&mut self, slot: SlotId, reason: String, then: Then) {
+        let n_jobs = self.abandon_jobs(slot, true);
+        let Some(of) = self.slot_mut(slot) else { return };
+        of.phase = Phase::Stopping { then, kill_at: None };
+        of.kill_reason = Some(reason.clone());
+        let generation = of.generation;
+        self.note(Note::WorkerKilled { slot, reason, n_jobs });
+        self.actions.push(Action::Signal { slot, generation, signal: StopSignal::Kill });
+    }
+
+    /// There is no process in `slot` any more (`exit`: how it ended, if there ever was one).
+    pub(super) fn process_is_gone(&mut self, slot: SlotId, exit: Option<WorkerExit>, now: Duration) {
+        let n_jobs = self.abandon_jobs(slot, true);
+        if let Some(exit) = &exit {
+            self.note(Note::WorkerExited { slot, exit: exit.clone(), n_jobs });
+        }
+        let is_stopping = self.service == Service::Stopping;
+        let Some(of) = self.slot_mut(slot) else { return };
+        let kill_reason = of.kill_reason.take();
+        let start_failure = of.start_failure.take();
+        of.pid = None;
+        of.load = WorkerLoad::default();
+        of.last_exit = match (&exit, &kill_reason, &start_failure) {
+            (_, Some(reason), _) => Some(format!("killed: {reason}")),
+            (_, None, Some((error, _))) => Some(error.message.clone()),
+            (Some(exit), None, None) => Some(exit.to_string()),
+            (None, None, None) => None,
+        };
+        let then = match std::mem::replace(&mut of.phase, Phase::Stopped) {
+            Phase::Stopping { then, .. } => then,
+            _ => after_own_end(slot, exit.as_ref(), start_failure),
+        };
+        match then {
+            _ if is_stopping => {}
+            Then::Stop => {}
+            Then::Restart => self.spawn(slot, now),
+            Then::Fail { error, exit_code } => self.fail_slot(slot, error, exit_code),
+            Then::Backoff => self.schedule_restart(slot, now),
+        }
+    }
+
+    fn schedule_restart(&mut self, slot: SlotId, now: Duration) {
+        let config = self.policy.restart.clone();
+        let Self { slots, jitter, .. } = self;
+        let Some(of) = usize::try_from(slot).ok().and_then(|slot| slots.get_mut(slot)) else { return };
+        if let Some(wait) = of.history.next_wait(now, &config, jitter) {
+            of.phase = Phase::Backoff { until: now + wait };
+            self.note(Note::RestartScheduled { slot, wait });
+            return;
+        }
+        let last = of.last_exit.clone().unwrap_or_default();
+        let text = format!(
+            "the worker of slot {slot} was restarted {} times in {:?}; the last one: {last}",
+            config.max, config.window
+        );
+        let error = WireError::new(ErrorCode::Degraded, text)
+            .with_hint(format!("see the log; `bitnetd restart {slot}` tries again"));
+        self.fail_slot(slot, error, ExitCode::Software);
+    }
+
+    fn fail_slot(&mut self, slot: SlotId, error: WireError, exit_code: ExitCode) {
+        if let Some(of) = self.slot_mut(slot) {
+            of.phase = Phase::Failed { error: error.clone(), exit_code };
+        }
+        self.note(Note::SlotFailed { slot, error });
+    }
+
+    fn spawn(&mut self, slot: SlotId, now: Duration) {
+        let until = now + self.policy.restart.start_timeout;
+        let Some(of) = self.slot_mut(slot) else { return };
+        of.phase = Phase::Starting { until };
+        of.generation += 1;
+        let generation = of.generation;
+        if generation > 1 {
+            of.restarts += 1;
+            self.totals.restarts += 1;
+        }
+        self.actions.push(Action::Spawn { slot, generation });
+    }
+
+    /// An operator wants a fresh process. Jobs on board go on elsewhere and do not count it as a death.
+    pub(super) fn restart_slot(&mut self, slot: SlotId, now: Duration) {
+        if matches!(self.service, Service::Stopping | Service::Stopped) {
+            return;
+        }
+        self.abandon_jobs(slot, false);
+        let Some(of) = self.slot_mut(slot) else { return };
+        of.history.clear();
+        let generation = of.generation;
+        match &mut of.phase {
+            Phase::Starting { .. } | Phase::Ready { .. } => {
+                of.phase = Phase::Stopping { then: Then::Restart, kill_at: Some(now + super::STOP_GRACE) };
+                of.kill_reason = Some("restarted by an operator".into());
+                let signal = StopSignal::Terminate;
+                self.actions.push(Action::Signal { slot, generation, signal });
+            }
+            Phase::Stopping { then, .. } => *then = Then::Restart,
+            Phase::Backoff { .. } | Phase::Failed { .. } | Phase::Stopped => self.spawn(slot, now),
+        }
+    }
+
+    /// Ends the process of a slot for good. No job is on board.
+    pub(super) fn stop_slot(&mut self, slot: SlotId, signal: StopSignal, kill_at: Duration) {
+        let Some(of) = self.slot_mut(slot) else { return };
+        if !of.is_live() {
+            of.phase = Phase::Stopped;
+            return;
+        }
+        let kill_at = (signal == StopSignal::Terminate).then_some(kill_at);
+        of.phase = Phase::Stopping { then: Then::Stop, kill_at };
+        let generation = of.generation;
+        self.actions.push(Action::Signal { slot, generation, signal });
+    }
+
+    /// Does what is due in each slot: start, ping, kill.
+    pub(super) fn tick_slots(&mut self, now: Duration) {
+        for slot in 0..self.n_slots() {
+            self.tick_slot(slot, now);
+        }
+    }
+
+    fn tick_slot(&mut self, slot: SlotId, now: Duration) {
+        let watchdog = self.policy.watchdog.clone();
+        let start_timeout = self.policy.restart.start_timeout;
+        let Some(of) = self.slot_mut(slot) else { return };
+        let generation = of.generation;
+        match &mut of.phase {
+            Phase::Backoff { until } if *until <= now => self.spawn(slot, now),
+            Phase::Starting { until } if *until <= now => {
+                self.kill(slot, format!("not ready after {start_timeout:?}"), Then::Backoff);
+            }
+            Phase::Ready { watch } => match watch.asked_at {
+                Some(asked_at) if asked_at + watchdog.timeout <= now => {
+                    let reason = format!("its step loop did not answer for {:?}", watchdog.timeout);
+                    self.kill(slot, reason, Then::Backoff);
+                }
+                None if watch.ask_at <= now => {
+                    watch.seq += 1;
+                    watch.asked_at = Some(now);
+                    let seq = watch.seq;
+                    self.actions.push(Action::SendPing { slot, generation, seq });
+                }
+                _ => {}
+            },
+            Phase::Stopping { kill_at, .. } if kill_at.is_some_and(|at| at <= now) => {
+                *kill_at = None;
+                self.actions.push(Action::Signal { slot, generation, signal: StopSignal::Kill });
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What follows when a process ended without being told to.
+fn after_own_end(
+    slot: SlotId,
+    exit: Option<&WorkerExit>,
+    start_failure: Option<(WireError, ExitCode)>,
+) -> Then {
+    let known = exit.and_then(WorkerExit::exit_code);
+    match (start_failure, known) {
+        (Some((error, exit_code)), _) if exit_code.is_permanent() => Then::Fail { error, exit_code },
+        (_, Some(exit_code)) if exit_code.is_permanent() => {
+            let how = exit.map_or_else(String::new, ToString::to_string);
+            let text = format!("the worker of slot {slot} {how}, which starting again cannot help");
+            Then::Fail { error: WireError::new(ErrorCode::Degraded, text), exit_code }
+        }
+        _ => Then::Backoff,
+    }
+}

@@ -1,0 +1,254 @@
+//! The rules one by one, as an operator or a client would say them.
+
+use super::*;
+
+fn state_names(world: &World) -> Vec<&'static str> {
+    world.state.slots.iter().map(Slot::state_name).collect()
+}
+
+/// What ended the last job.
+fn last_end(world: &World) -> Option<ErrorCode> {
+    world
+        .notes
+        .iter()
+        .rev()
+        .find_map(|note| match note {
+            Note::JobEnded { error, .. } => Some(error.as_ref().map(|error| error.code)),
+            _ => None,
+        })
+        .flatten()
+}
+
+fn slot_of(world: &World, job: JobId) -> Option<SlotId> {
+    world.processes.iter().find(|(_, process)| process.jobs.contains_key(&job)).map(|(&slot, _)| slot)
+}
+
+#[test]
+fn a_job_goes_on_elsewhere_with_its_tokens_when_its_worker_dies() {
+    let mut world = World::ready(policy(), 2);
+    let job = world.submit(1, request(5));
+    assert_eq!(slot_of(&world, job), Some(0));
+    world.say_token(0, 0);
+    world.say_token(0, 0);
+    world.die(0, exit(None, Some(9)));
+    assert_eq!(slot_of(&world, job), Some(1));
+    for _ in 0..4 {
+        world.say_token(1, 0);
+    }
+    assert!(world.open.is_empty());
+    assert_eq!(
+        (world.state.totals.failovers, world.state.totals.completed, world.state.totals.tokens),
+        (1, 1, 5)
+    );
+}
+
+#[test]
+fn jobs_go_where_the_fewest_tokens_are_outstanding() {
+    let mut world = World::ready(policy(), 2);
+    let long = world.submit(1, request(1000));
+    let short = world.submit(1, request(10));
+    let next = world.submit(1, request(10));
+    assert_eq!([long, short, next].map(|job| slot_of(&world, job)), [Some(0), Some(1), Some(1)]);
+}
+
+#[test]
+fn a_poison_job_is_given_up_and_its_neighbours_live() {
+    let mut world = World::ready(Policy { max_batch: 4, ..policy() }, 1);
+    let poison = world.submit(1, request(3));
+    let neighbours = [world.submit(1, request(3)), world.submit(2, request(3))];
+    let mut deaths = 0;
+    for _ in 0..100 {
+        world.say_ready(0);
+        if world.processes.get(&0).is_some_and(|process| process.jobs.contains_key(&poison)) {
+            deaths += 1;
+            world.die(0, exit(None, Some(11)));
+        } else {
+            world.say_token(0, 0);
+        }
+        world.say_pong(0);
+        world.pass(Duration::from_secs(1));
+    }
+    assert_eq!(deaths, 3);
+    assert!(world.open.is_empty());
+    assert_eq!((world.state.totals.completed, world.state.totals.failed), (2, 1));
+    let poisoned = world.notes.iter().any(|note| {
+        matches!(note, Note::JobEnded { job, error: Some(error) } if *job == poison && error.code == ErrorCode::Poisoned)
+    });
+    assert!(poisoned && neighbours.iter().all(|job| !world.open.contains_key(job)));
+}
+
+#[test]
+fn progress_between_deaths_is_not_poison() {
+    let mut world =
+        World::ready(Policy { restart: RestartConfig { max: 100, ..policy().restart }, ..policy() }, 1);
+    world.submit(1, request(10));
+    for _ in 0..10 {
+        world.say_token(0, 0);
+        world.die(0, exit(None, Some(9)));
+        world.pass(Duration::from_secs(10));
+        world.say_ready(0);
+    }
+    world.say_token(0, 0);
+    assert_eq!((world.state.totals.completed, world.state.totals.failovers), (1, 10));
+}
+
+#[test]
+fn a_hung_worker_is_killed_and_an_answering_one_is_not() {
+    let mut world = World::ready(policy(), 2);
+    let job = world.submit(1, request(5));
+    for _ in 0..30 {
+        world.say_pong(1);
+        world.pass(Duration::from_millis(500));
+    }
+    assert_eq!(state_names(&world), ["draining", "ready"], "killed, not reaped yet");
+    assert_eq!(slot_of(&world, job).unwrap(), 0, "the world still thinks so");
+    assert!(
+        world.processes[&1].jobs.contains_key(&job),
+        "but it goes on elsewhere before the corpse is reaped"
+    );
+    world.die(0, exit(None, Some(9)));
+    assert_eq!(
+        world.state.slots[0].last_exit.as_deref(),
+        Some("killed: its step loop did not answer for 10s")
+    );
+}
+
+#[test]
+fn a_pause_of_the_supervisor_itself_kills_nobody() {
+    let mut world = World::ready(policy(), 1);
+    world.now += Duration::from_secs(3600); // One jump: no event came in between.
+    world.send(Event::TimePassed);
+    assert_eq!(state_names(&world), ["ready"]);
+    world.pass(Duration::from_secs(11));
+    assert_eq!(state_names(&world), ["draining"], "silence after the pause still counts");
+}
+
+#[test]
+fn a_slot_that_dies_too_often_fails_and_an_operator_can_bring_it_back() {
+    let mut world = World::new(policy(), 1);
+    let job = world.submit(1, request(1));
+    for _ in 0..5 {
+        assert_eq!(state_names(&world), ["starting"]);
+        world.die(0, exit(Some(70), None));
+        world.pass(Duration::from_secs(1));
+    }
+    assert_eq!(state_names(&world), ["failed"]);
+    assert_eq!((world.state.health(), last_end(&world)), (Health::Degraded, Some(ErrorCode::Degraded)));
+    assert!(!world.open.contains_key(&job));
+    world.submit(1, request(1));
+    assert_eq!(world.state.totals.refused, 1);
+    world.send(Event::RestartRequested { slot: 0 });
+    world.say_ready(0);
+    assert_eq!((state_names(&world), world.state.health()), (vec!["ready"], Health::Ready));
+}
+
+#[test]
+fn permanent_exit_codes_and_lying_versions_are_not_tried_again() {
+    for code in [64, 65, 66, 77, 78] {
+        let mut world = World::new(policy(), 1);
+        world.die(0, exit(Some(code), None));
+        world.pass(Duration::from_secs(60));
+        assert_eq!((state_names(&world), world.spawned.len()), (vec!["failed"], 1));
+        let Readiness::Failed { exit_code, .. } = world.state.readiness() else { panic!("not failed") };
+        assert_eq!(i32::from(exit_code as u8), code);
+    }
+    let mut world = World::new(policy(), 1);
+    world.said(0, WorkerSaid::Ready { version: 999, model: Box::new(summary()), load_s: 0.0 });
+    world.die(0, exit(None, Some(9)));
+    world.pass(Duration::from_secs(60));
+    assert_eq!((state_names(&world), world.spawned.len()), (vec!["failed"], 1));
+}
+
+#[test]
+fn a_worker_that_never_gets_ready_is_killed() {
+    let mut world = World::new(policy(), 1);
+    world.pass(Duration::from_secs(121));
+    assert_eq!(state_names(&world), ["draining"]);
+    world.die(0, exit(None, Some(9)));
+    assert_eq!(state_names(&world), ["backoff"]);
+}
+
+#[test]
+fn the_queue_is_bounded_for_all_and_for_each_client() {
+    let mut world = World::new(policy(), 1);
+    for _ in 0..4 {
+        world.submit(1, request(1));
+    }
+    assert_eq!(world.state.totals.refused, 0);
+    world.submit(1, request(1));
+    assert_eq!(world.state.totals.refused, 1, "the client's share is used up");
+    world.submit(2, request(1));
+    world.submit(2, request(1));
+    world.submit(3, request(1));
+    assert_eq!((world.state.totals.refused, world.open.len()), (2, 6), "the queue is full");
+    let hint = world.notes.iter().rev().find_map(|note| match note {
+        Note::JobRefused { error, .. } => error.retry_after_ms,
+        _ => None,
+    });
+    assert!(hint.is_some_and(|ms| ms >= 50), "{hint:?}");
+}
+
+#[test]
+fn a_deadline_ends_a_job_wherever_it_is() {
+    let mut world = World::ready(Policy { max_batch: 1, ..policy() }, 1);
+    let with_deadline = || GenerateRequest { deadline_ms: Some(500), ..request(9) };
+    world.submit(1, with_deadline());
+    world.submit(1, with_deadline());
+    world.say_token(0, 0);
+    world.pass(Duration::from_millis(499));
+    assert_eq!(world.open.len(), 2);
+    world.pass(Duration::from_millis(1));
+    assert!(world.open.is_empty() && world.processes[&0].jobs.is_empty());
+    assert_eq!(last_end(&world), Some(ErrorCode::DeadlineExceeded));
+}
+
+#[test]
+fn a_restart_moves_jobs_without_counting_a_death() {
+    let mut world =
+        World::ready(Policy { queue: QueueConfig { max_deaths: 1, ..policy().queue }, ..policy() }, 2);
+    let job = world.submit(1, request(2));
+    world.say_token(0, 0);
+    world.send(Event::RestartRequested { slot: 0 });
+    assert!(world.processes[&1].jobs.contains_key(&job));
+    world.die(0, exit(None, Some(15)));
+    world.say_ready(0);
+    assert_eq!(state_names(&world), ["ready", "ready"]);
+    world.say_token(1, 0);
+    world.say_token(1, 0);
+    assert_eq!(world.state.totals.completed, 1);
+}
+
+#[test]
+fn a_drain_finishes_what_was_accepted_and_replaces_workers_for_it() {
+    let mut world = World::ready(policy(), 1);
+    world.submit(1, request(2));
+    world.send(Event::DrainRequested);
+    world.submit(1, request(2));
+    assert_eq!(world.state.totals.refused, 1);
+    world.say_token(0, 0);
+    world.die(0, exit(None, Some(9)));
+    world.pass(Duration::from_millis(60));
+    world.say_ready(0);
+    world.say_token(0, 0);
+    assert!(!world.is_stopped);
+    world.say_token(0, 0);
+    assert_eq!(state_names(&world), ["draining"]);
+    world.die(0, exit(Some(0), None));
+    assert!(world.is_stopped);
+    assert_eq!(world.state.totals.completed, 1);
+}
+
+#[test]
+fn a_drain_ends_at_its_deadline() {
+    let mut world = World::ready(policy(), 1);
+    world.submit(1, request(2));
+    world.send(Event::DrainRequested);
+    for _ in 0..31 {
+        world.say_pong(0);
+        world.pass(Duration::from_secs(1));
+    }
+    assert_eq!(last_end(&world), Some(ErrorCode::Draining));
+    world.pass(STOP_GRACE);
+    world.die(0, exit(None, Some(9)));
+    assert!(world.is_stopped);
+}
