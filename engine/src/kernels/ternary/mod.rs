@@ -13,13 +13,16 @@
 )]
 
 use std::cell::RefCell;
-use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::KernelSet;
+use super::{Isa, KernelSet};
 use crate::pool::ThreadPool;
-use crate::ternary::TernaryMatrix;
+use crate::ternary::{TernaryFormat, TernaryMatrix};
 
+#[cfg(target_arch = "x86_64")]
+mod avx512; // AVX-512 VNNI.
+mod output; // Where products go, and the last float steps.
+mod packed; // Rows of two-bit codes, as the fast paths read them.
 mod quantize; // Activations to int8.
 mod quantized_rows; // How they lie in memory.
 mod scalar; // The definition of the product.
@@ -27,6 +30,8 @@ mod scalar; // The definition of the product.
 #[cfg(test)]
 mod tests;
 
+use output::{Output, TokenScale, exact_f32};
+use packed::{PackedRows, RowsJob, repack};
 pub use quantized_rows::QuantizedRows;
 use quantized_rows::{BLOCK_LINES, Line};
 
@@ -50,19 +55,15 @@ impl<'a> MatmulJob<'a> {
     /// `out` is `(n_tokens, matrix.n_rows())`.
     #[must_use]
     pub fn new(matrix: TernaryMatrix<'a>, out: &'a mut [f32], store: Store) -> Self {
-        let out = Output {
-            base: out.as_mut_ptr(),
-            len: out.len(),
-            n_rows: matrix.n_rows(),
-            store,
-            borrowed: PhantomData,
-        };
-        Self { matrix, out }
+        Self { matrix, out: Output::new(out, matrix.n_rows(), store) }
     }
 }
 
 /// Matrix rows that a thread finishes together; a 512-bit register of f32.
 const TILE_ROWS: usize = 16;
+
+/// Rows of `TQ1_0` that are brought into two-bit codes at once.
+const REPACKED_ROWS: usize = 2 * TILE_ROWS;
 
 /// Bytes of weights in a chunk of work, about: many times the price of claiming it.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -80,7 +81,7 @@ impl KernelSet {
         let mut row_bytes = 1;
         for MatmulJob { matrix, out } in &*jobs {
             assert_eq!(matrix.n_cols(), acts.n_cols(), "columns of {matrix:?} and of {acts:?}");
-            assert_eq!(out.len, acts.n_rows() * matrix.n_rows(), "output of {matrix:?} times {acts:?}");
+            assert_eq!(out.len(), acts.n_rows() * matrix.n_rows(), "output of {matrix:?} times {acts:?}");
             n_rows += matrix.n_rows();
             row_bytes = row_bytes.max(matrix.row_bytes());
         }
@@ -112,7 +113,35 @@ impl KernelSet {
         rows: Range<usize>,
         scratch: &mut Scratch,
     ) {
-        scalar::matmul_rows(job, acts, rows, scratch);
+        if self.isa != Isa::Avx512Vnni {
+            return scalar::matmul_rows(job, acts, rows, scratch);
+        }
+        let MatmulJob { matrix, out } = job;
+        if matrix.format() != TernaryFormat::Tq1_0 {
+            let packed = PackedRows::of(matrix, rows.clone());
+            let job = RowsJob { rows: packed, first_row: rows.start, matrix, out };
+            return self.matmul_packed(&job, acts, &mut scratch.panel);
+        }
+        for first_row in rows.clone().step_by(REPACKED_ROWS) {
+            let rows = first_row..rows.end.min(first_row + REPACKED_ROWS);
+            let packed = repack(self.isa, matrix, rows.clone(), &mut scratch.packed);
+            let job = RowsJob { rows: packed, first_row, matrix, out };
+            self.matmul_packed(&job, acts, &mut scratch.panel);
+        }
+    }
+
+    /// Multiplies rows of two-bit codes.
+    fn matmul_packed(self, job: &RowsJob<'_>, acts: &QuantizedRows, panel: &mut Vec<Line>) {
+        let is_reversed = job.matrix.format() != TernaryFormat::I2S;
+        match (self.isa, is_reversed) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
+            (Isa::Avx512Vnni, false) => unsafe { avx512::matmul::<false>(job, acts, panel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::Avx512Vnni, true) => unsafe { avx512::matmul::<true>(job, acts, panel) },
+            _ => unreachable!("`for_isa` gives no {}", self.isa),
+        }
     }
 }
 
@@ -124,89 +153,9 @@ thread_local! {
 /// Room for what a thread unpacks.
 #[derive(Default)]
 struct Scratch {
-    weights: Vec<i8>,
-    scales: Vec<f32>,
-    codes: Vec<Line>,
-}
-
-/// The output of a job, whose columns the threads share out among themselves.
-#[derive(Debug)]
-struct Output<'a> {
-    base: *mut f32,
-    len: usize,
-    n_rows: usize, // Of the matrix; a line of the output.
-    store: Store,
-    borrowed: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: it stands for a `&mut [f32]`, which may be sent to a thread.
-unsafe impl Send for Output<'_> {}
-// SAFETY: the only access is `Output::tile`, whose contract keeps the threads apart.
-unsafe impl Sync for Output<'_> {}
-
-impl Output<'_> {
-    /// The places of matrix rows `rows` in the line of token `token`.
-    ///
-    /// # Safety
-    /// No other thread uses these rows, and no earlier tile of them is still in use.
-    #[expect(clippy::mut_from_ref, reason = "the threads write disjoint parts; see the contract")]
-    unsafe fn tile(&self, token: usize, rows: Range<usize>) -> &mut [f32] {
-        let start = token * self.n_rows + rows.start;
-        let is_inside = rows.start <= rows.end && rows.end <= self.n_rows && start + rows.len() <= self.len;
-        assert!(is_inside, "rows {rows:?} of token {token}");
-        // SAFETY: `start <= len` was asserted above.
-        let first = unsafe { self.base.add(start) };
-        // SAFETY: inside the slice, as asserted above; the caller promises that nobody else uses this part.
-        unsafe { std::slice::from_raw_parts_mut(first, rows.len()) }
-    }
-
-    /// Finishes the sums of one token for a tile of rows of a matrix with one scale.
-    ///
-    /// # Safety
-    /// No other thread uses these rows.
-    #[inline(always)]
-    unsafe fn finish_dots(&self, rows: Range<usize>, dots: &[i32], token: TokenScale, scale: f32) {
-        // SAFETY: the caller's promise; the tile is dropped before this function returns.
-        let out = unsafe { self.tile(token.token, rows) };
-        let value = |dot: i32| (exact_f32(dot) - token.sum) / token.scale * scale;
-        match self.store {
-            Store::Set => out.iter_mut().zip(dots).for_each(|(out, &dot)| *out = value(dot)),
-            Store::Add => out.iter_mut().zip(dots).for_each(|(out, &dot)| *out += value(dot)),
-        }
-    }
-
-    /// Finishes the sums of one token for a tile of rows of a matrix with scales in its blocks.
-    ///
-    /// # Safety
-    /// No other thread uses these rows.
-    #[inline(always)]
-    unsafe fn finish_sums(&self, rows: Range<usize>, sums: &[f32], token: TokenScale) {
-        // SAFETY: the caller's promise; the tile is dropped before this function returns.
-        let out = unsafe { self.tile(token.token, rows) };
-        match self.store {
-            Store::Set => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum / token.scale),
-            Store::Add => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out += sum / token.scale),
-        }
-    }
-}
-
-/// What a token brings to the last float steps.
-#[derive(Clone, Copy)]
-struct TokenScale {
-    token: usize,
-    sum: f32,
-    scale: f32,
-}
-
-impl TokenScale {
-    fn of(acts: &QuantizedRows, token: usize) -> Self {
-        Self { token, sum: exact_f32(acts.sum(token)), scale: acts.scale(token) }
-    }
-}
-
-/// A sum of codes times values as a float.
-#[inline(always)]
-#[expect(clippy::cast_precision_loss, reason = "exact below 2^24, and one defined rounding beyond")]
-fn exact_f32(dot: i32) -> f32 {
-    dot as f32
+    weights: Vec<i8>, // One row, by the scalar path.
+    scales: Vec<f32>, // One row, by the scalar path.
+    codes: Vec<Line>, // One row in kernel order, by the scalar path.
+    packed: Vec<u8>,  // (REPACKED_ROWS, n_blocks, 64)
+    panel: Vec<Line>, // As the instruction set likes it.
 }

@@ -15,7 +15,7 @@ pub(super) fn matmul_rows(
     scratch: &mut Scratch,
 ) {
     let MatmulJob { matrix, out } = job;
-    let Scratch { weights, scales, codes } = scratch;
+    let Scratch { weights, scales, codes, .. } = scratch;
     weights.resize(acts.n_cols(), 0);
     scales.resize(acts.n_cols() / matrix.format().block_cols(), 0.0);
     // Zeros where the last block is a half.

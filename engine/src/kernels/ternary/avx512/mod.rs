@@ -1,0 +1,343 @@
+//! AVX-512 with VNNI: 64 products of a code and a value in one instruction.
+//!
+//! Three kernels, by the number of tokens:
+//! * one: every byte of weights is used once, so that reading it is all that counts. The codes are not even
+//!   shifted into place: each group has its own accumulator, and its power of 4 is divided out at the end.
+//! * up to [`DIRECT_TOKENS_MAX`]: unpacked in registers and multiplied with all tokens at once.
+//! * more: [`panel`].
+//!
+//! With a scale in every block only the first (then block by block) and the last are used.
+
+#![expect(unsafe_code, reason = "pointer loads, and rows of an output that threads share")]
+
+use std::arch::x86_64::*;
+
+use super::packed::{PackedRows, RowsJob};
+use super::quantized_rows::{BLOCK_LINES, Line};
+use super::{QuantizedRows, TILE_ROWS, TokenScale};
+
+mod panel; // Many tokens: 32 rows unpacked and transposed.
+
+/// Up to so many tokens no panel is made.
+const DIRECT_TOKENS_MAX: usize = 8;
+
+/// Multiplies the rows of a job. Only this thread may have them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn matmul<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows, panel: &mut Vec<Line>) {
+    match (acts.n_rows(), job.has_block_scales()) {
+        (1, false) => gemv::<REVERSED>(job, acts),
+        (1, true) => gemv_blocks::<REVERSED>(job, acts),
+        (2..=DIRECT_TOKENS_MAX, false) => direct_any::<REVERSED>(job, acts),
+        _ => panel::matmul::<REVERSED>(job, acts, panel),
+    }
+}
+
+/// One token, one scale.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn gemv<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
+    let values = acts.lines(0);
+    let token = TokenScale::of(acts, 0);
+    for tile in (0..job.rows.n_rows()).step_by(TILE_ROWS) {
+        let mut dots = [0; TILE_ROWS];
+        for (quad, dots) in dots.chunks_exact_mut(4).enumerate() {
+            let sums = gemv_quad::<REVERSED>(job.rows, tile + 4 * quad, values);
+            // SAFETY: `dots` has 4 elements.
+            unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), sums) };
+        }
+        // SAFETY: the caller promises that this thread alone has these rows.
+        unsafe { job.finish_dots(tile, &dots, token) };
+    }
+}
+
+/// Sums of four rows, from `first`, times one token.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn gemv_quad<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, values: &[Line]) -> __m128i {
+    assert!(values.len() >= rows.n_blocks() * BLOCK_LINES, "{} lines", values.len());
+    let starts = rows.starts::<4>(first);
+    let masks = masks();
+    let mut sums = [[_mm512_setzero_si512(); BLOCK_LINES]; 4];
+    // The next four rows lie behind these: fetch them while these are at work.
+    let ahead = 4 * rows.row_bytes();
+    for block in 0..rows.n_full() {
+        let offset = block * rows.block_bytes();
+        // SAFETY: there are four lines for each block (asserted above).
+        let values = unsafe { lines_of_block(values, block) };
+        for (start, sums) in starts.iter().zip(&mut sums) {
+            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(offset + ahead).cast());
+            // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
+            let packed = unsafe { load_packed(*start, offset) };
+            for (place, sum) in sums.iter_mut().enumerate() {
+                let codes = _mm512_and_si512(packed, masks[place]);
+                *sum = _mm512_dpbusd_epi32(*sum, codes, values[group_at::<REVERSED>(place)]);
+            }
+        }
+    }
+    if rows.has_half() {
+        let offset = rows.n_full() * rows.block_bytes();
+        // SAFETY: there are four lines for each block, also for the half one (asserted above).
+        let values = unsafe { lines_of_block(values, rows.n_full()) };
+        for (start, sums) in starts.iter().zip(&mut sums) {
+            // SAFETY: 32 bytes lie behind the last whole block (`PackedRows`).
+            let packed = unsafe { load_half(*start, offset) };
+            for (place, sum) in sums.iter_mut().enumerate() {
+                let codes = _mm512_and_si512(packed, masks[place]);
+                *sum = _mm512_dpbusd_epi32(*sum, codes, values[group_at::<REVERSED>(place)]);
+            }
+        }
+    }
+    let [a, b, c, d] = sums.map(|sums| combined(sums));
+    horizontal_sums(a, b, c, d)
+}
+
+/// One token, a scale in every block of 256 columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
+    let rows = job.rows;
+    let values = acts.lines(0);
+    let block_sums = acts.block_sums(0);
+    assert!(!rows.has_half() && values.len() >= rows.n_full() * BLOCK_LINES, "{} lines", values.len());
+    let token = TokenScale::of(acts, 0);
+    let masks = masks();
+    for tile in (0..rows.n_rows()).step_by(TILE_ROWS) {
+        let starts = rows.starts::<TILE_ROWS>(tile);
+        let ahead = TILE_ROWS * rows.row_bytes();
+        let mut acc = _mm512_setzero_ps();
+        for (block, &block_sum) in block_sums[..rows.n_full()].iter().enumerate() {
+            let offset = block * rows.block_bytes();
+            // SAFETY: there are four lines for each block (asserted above).
+            let values = unsafe { lines_of_block(values, block) };
+            let mut dots = [0; TILE_ROWS];
+            for (starts, dots) in starts.chunks_exact(4).zip(dots.chunks_exact_mut(4)) {
+                let mut rows_sums = [_mm512_setzero_si512(); 4];
+                for (start, row_sum) in starts.iter().zip(&mut rows_sums) {
+                    _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(offset + ahead).cast());
+                    // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
+                    let packed = unsafe { load_packed(*start, offset) };
+                    let mut sums = [_mm512_setzero_si512(); BLOCK_LINES];
+                    for (place, sum) in sums.iter_mut().enumerate() {
+                        let codes = _mm512_and_si512(packed, masks[place]);
+                        *sum = _mm512_dpbusd_epi32(*sum, codes, values[group_at::<REVERSED>(place)]);
+                    }
+                    *row_sum = combined(sums);
+                }
+                let [a, b, c, d] = rows_sums;
+                let sums = horizontal_sums(a, b, c, d);
+                // SAFETY: `dots` has 4 elements.
+                unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), sums) };
+            }
+            let scales = job.block_scales(tile, block);
+            acc = add_block(acc, load_i32(&dots), _mm512_set1_epi32(block_sum), f32_of(&scales));
+        }
+        let mut sums = [0.0; TILE_ROWS];
+        // SAFETY: `sums` has 16 elements.
+        unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), acc) };
+        // SAFETY: the caller promises that this thread alone has these rows.
+        unsafe { job.finish_sums(tile, &sums, token) };
+    }
+}
+
+/// A few tokens, one scale: the number of tokens becomes a constant, so that the sums stay in registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn direct_any<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
+    match acts.n_rows() {
+        2 => direct::<REVERSED, 2, 4>(job, acts),
+        3 => direct::<REVERSED, 3, 4>(job, acts),
+        4 => direct::<REVERSED, 4, 4>(job, acts),
+        5 => direct::<REVERSED, 5, 4>(job, acts),
+        6 => direct::<REVERSED, 6, 4>(job, acts),
+        7 => direct::<REVERSED, 7, 2>(job, acts),
+        _ => direct::<REVERSED, 8, 2>(job, acts),
+    }
+}
+
+/// `N` tokens and `R` rows at a time.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn direct<const REVERSED: bool, const N: usize, const R: usize>(job: &RowsJob<'_>, acts: &QuantizedRows) {
+    let rows = job.rows;
+    let values: [&[Line]; N] = std::array::from_fn(|token| acts.lines(token));
+    for tile in (0..rows.n_rows()).step_by(TILE_ROWS) {
+        let mut dots = [[0; TILE_ROWS]; N];
+        for first in (0..TILE_ROWS).step_by(R) {
+            let sums = direct_sums::<REVERSED, N, R>(rows, tile + first, &values);
+            for (sums, dots) in sums.iter().zip(&mut dots) {
+                let zero = _mm512_setzero_si512();
+                let row = |i: usize| if i < R { sums[i] } else { zero };
+                let four = horizontal_sums(row(0), row(1), row(2), row(3));
+                let dots = &mut dots[first..first + R];
+                if R == 4 {
+                    // SAFETY: `dots` has 4 elements.
+                    unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), four) };
+                } else {
+                    dots[0] = _mm_extract_epi32::<0>(four);
+                    dots[1] = _mm_extract_epi32::<1>(four);
+                }
+            }
+        }
+        for (token, dots) in dots.iter().enumerate() {
+            // SAFETY: the caller promises that this thread alone has these rows.
+            unsafe { job.finish_dots(tile, dots, TokenScale::of(acts, token)) };
+        }
+    }
+}
+
+/// Sums, not yet horizontal, of `R` rows from `first` times `N` tokens.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn direct_sums<const REVERSED: bool, const N: usize, const R: usize>(
+    rows: PackedRows<'_>,
+    first: usize,
+    values: &[&[Line]; N],
+) -> [[__m512i; R]; N] {
+    const { assert!(R == 2 || R == 4, "the caller stores two or four rows") };
+    for values in values {
+        assert!(values.len() >= rows.n_blocks() * BLOCK_LINES, "{} lines", values.len());
+    }
+    let starts = rows.starts::<R>(first);
+    let ahead = TILE_ROWS * rows.row_bytes();
+    let mut sums = [[_mm512_setzero_si512(); R]; N];
+    for block in 0..rows.n_blocks() {
+        let offset = block * rows.block_bytes();
+        let packed: [__m512i; R] = std::array::from_fn(|row| {
+            _mm_prefetch::<_MM_HINT_T0>(starts[row].wrapping_add(offset + ahead).cast());
+            if block < rows.n_full() {
+                // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
+                unsafe { load_packed(starts[row], offset) }
+            } else {
+                // SAFETY: 32 bytes lie behind the last whole block (`PackedRows`).
+                unsafe { load_half(starts[row], offset) }
+            }
+        });
+        for place in 0..BLOCK_LINES {
+            let codes: [__m512i; R] = std::array::from_fn(|row| codes_at(packed[row], place));
+            let line = block * BLOCK_LINES + group_at::<REVERSED>(place);
+            for (values, sums) in values.iter().zip(&mut sums) {
+                // SAFETY: there are four lines for each block (asserted above).
+                let values = unsafe { load_line(values, line) };
+                for (sum, codes) in sums.iter_mut().zip(codes) {
+                    *sum = _mm512_dpbusd_epi32(*sum, codes, values);
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// Which group of columns lies in bits `2*place` and `2*place + 1`.
+#[inline(always)]
+fn group_at<const REVERSED: bool>(place: usize) -> usize {
+    if REVERSED { place } else { 3 - place }
+}
+
+/// The codes in bits `2*place` and `2*place + 1`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn codes_at(packed: __m512i, place: usize) -> __m512i {
+    let shifted = match place {
+        0 => packed,
+        1 => _mm512_srli_epi16::<2>(packed),
+        2 => _mm512_srli_epi16::<4>(packed),
+        _ => _mm512_srli_epi16::<6>(packed),
+    };
+    _mm512_and_si512(shifted, _mm512_set1_epi8(3))
+}
+
+/// For each place, the bits of its codes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn masks() -> [__m512i; BLOCK_LINES] {
+    [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm512_set1_epi8(mask.cast_signed()))
+}
+
+/// Divides the powers of 4 out of the sums of unshifted codes (each is a multiple) and adds them up.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn combined(sums: [__m512i; BLOCK_LINES]) -> __m512i {
+    let low = _mm512_add_epi32(sums[0], _mm512_srai_epi32::<2>(sums[1]));
+    let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(sums[2]), _mm512_srai_epi32::<6>(sums[3]));
+    _mm512_add_epi32(low, high)
+}
+
+/// The sum of the 16 lanes of each register.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn horizontal_sums(a: __m512i, b: __m512i, c: __m512i, d: __m512i) -> __m128i {
+    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    let abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    let half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64::<1>(abcd));
+    _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half))
+}
+
+/// One step of the sum over blocks: `fma(f32(dot - block_sum), scale, acc)` for 16 rows.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn add_block(acc: __m512, dots: __m512i, block_sum: __m512i, scales: __m512) -> __m512 {
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(dots, block_sum)), scales, acc)
+}
+
+/// The four lines of a block.
+///
+/// # Safety
+/// `values` has them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn lines_of_block(values: &[Line], block: usize) -> [__m512i; BLOCK_LINES] {
+    // SAFETY: the caller promises that all four lines exist.
+    std::array::from_fn(|line| unsafe { load_line(values, block * BLOCK_LINES + line) })
+}
+
+/// A line of values.
+///
+/// # Safety
+/// `values` has it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn load_line(values: &[Line], line: usize) -> __m512i {
+    // SAFETY: the caller promises `line < values.len()`.
+    let line = unsafe { values.get_unchecked(line) };
+    // SAFETY: a `Line` is 64 bytes, aligned to 64.
+    unsafe { _mm512_load_si512(std::ptr::from_ref(line).cast()) }
+}
+
+/// 64 bytes of codes.
+///
+/// # Safety
+/// They lie `offset` bytes behind `start`, in the same allocation.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn load_packed(start: *const u8, offset: usize) -> __m512i {
+    // SAFETY: the caller promises that 64 bytes lie there.
+    unsafe { _mm512_loadu_si512(start.wrapping_add(offset).cast()) }
+}
+
+/// 32 bytes of codes, then zeros.
+///
+/// # Safety
+/// They lie `offset` bytes behind `start`, in the same allocation.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn load_half(start: *const u8, offset: usize) -> __m512i {
+    // SAFETY: the caller promises that 32 bytes lie there.
+    _mm512_zextsi256_si512(unsafe { _mm256_loadu_si256(start.wrapping_add(offset).cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn load_i32(values: &[i32; 16]) -> __m512i {
+    // SAFETY: 16 elements of 4 bytes.
+    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn load_f32(values: &[f32; 16]) -> __m512 {
+    // SAFETY: 16 elements.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+/// Floats from the bits of f16; exact.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn f32_of(bits: &[u16; 16]) -> __m512 {
+    // SAFETY: 16 elements of 2 bytes.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(bits.as_ptr().cast()) })
+}

@@ -1,0 +1,201 @@
+//! Many tokens: 32 rows are unpacked and transposed once and multiplied with all of them.
+//!
+//! In a panel a register holds the same four columns of 16 rows. The four values of a token are broadcast to
+//! every lane, so that a lane sums up one row and nothing is added horizontally. A panel stays in the L2 cache
+//! while all tokens pass by.
+
+use std::arch::x86_64::*;
+
+use super::{add_block, codes_at, f32_of, group_at, load_f32, load_half, load_packed};
+use crate::kernels::ternary::packed::{PackedRows, RowsJob};
+use crate::kernels::ternary::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
+use crate::kernels::ternary::{QuantizedRows, TILE_ROWS, TokenScale};
+
+/// Tokens that are multiplied with a panel at once: with two registers of rows each, 24 accumulators.
+const TOKENS_MAX: usize = 12;
+
+/// Registers of rows in a panel.
+const TILES: usize = 2;
+
+/// Columns whose products one lane of one instruction adds up.
+const STEP_COLS: usize = 4;
+
+/// Steps in a block of 256 columns.
+const BLOCK_STEPS: usize = BLOCK_COLS / STEP_COLS;
+
+/// Steps in a line of values.
+const LINE_STEPS: usize = BLOCK_STEPS / BLOCK_LINES;
+
+/// Multiplies the rows of a job. Only this thread may have them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn matmul<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows, panel: &mut Vec<Line>) {
+    let panel_lines = job.rows.n_blocks() * BLOCK_STEPS * TILES;
+    if panel.len() < panel_lines {
+        panel.resize(panel_lines, Line([0; 64]));
+    }
+    let panel = &mut panel[..panel_lines];
+    let n_groups = acts.n_rows().div_ceil(TOKENS_MAX);
+    for first_row in (0..job.rows.n_rows()).step_by(TILES * TILE_ROWS) {
+        for tile in 0..TILES {
+            unpack::<REVERSED>(job.rows, first_row + tile * TILE_ROWS, tile, panel);
+        }
+        // Groups of nearly equal size: a group of one would cost as much as one of six.
+        for group in 0..n_groups {
+            let start = group * acts.n_rows() / n_groups;
+            let end = (group + 1) * acts.n_rows() / n_groups;
+            match end - start {
+                1 => tokens::<1>(job, acts, start, first_row, panel),
+                2 => tokens::<2>(job, acts, start, first_row, panel),
+                3 => tokens::<3>(job, acts, start, first_row, panel),
+                4 => tokens::<4>(job, acts, start, first_row, panel),
+                5 => tokens::<5>(job, acts, start, first_row, panel),
+                6 => tokens::<6>(job, acts, start, first_row, panel),
+                7 => tokens::<7>(job, acts, start, first_row, panel),
+                8 => tokens::<8>(job, acts, start, first_row, panel),
+                9 => tokens::<9>(job, acts, start, first_row, panel),
+                10 => tokens::<10>(job, acts, start, first_row, panel),
+                11 => tokens::<11>(job, acts, start, first_row, panel),
+                _ => tokens::<TOKENS_MAX>(job, acts, start, first_row, panel),
+            }
+        }
+    }
+}
+
+/// Multiplies a panel with `T` tokens.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn tokens<const T: usize>(
+    job: &RowsJob<'_>,
+    acts: &QuantizedRows,
+    first_token: usize,
+    first_row: usize,
+    panel: &[Line],
+) {
+    let mut sums = [[[0.0_f32; TILE_ROWS]; TILES]; T];
+    let mut dots = [[_mm512_setzero_si512(); TILES]; T];
+    let values: [&[Line]; T] = std::array::from_fn(|token| acts.lines(first_token + token));
+    let n_blocks = job.rows.n_blocks();
+    if job.has_block_scales() {
+        let block_sums: [&[i32]; T] = std::array::from_fn(|token| acts.block_sums(first_token + token));
+        for block in 0..n_blocks {
+            dots = multiply::<T>(panel, &values, block, 1);
+            for tile in 0..TILES {
+                let scales = job.block_scales(first_row + tile * TILE_ROWS, block);
+                for ((sums, dots), block_sums) in sums.iter_mut().zip(dots).zip(block_sums) {
+                    let block_sum = _mm512_set1_epi32(block_sums[block]);
+                    let sum = add_block(load_f32(&sums[tile]), dots[tile], block_sum, f32_of(&scales));
+                    // SAFETY: 16 elements.
+                    unsafe { _mm512_storeu_ps(sums[tile].as_mut_ptr(), sum) };
+                }
+            }
+        }
+    } else {
+        dots = multiply::<T>(panel, &values, 0, n_blocks);
+    }
+    for (token, (sums, dots)) in sums.iter().zip(dots).enumerate() {
+        let scale = TokenScale::of(acts, first_token + token);
+        for tile in 0..TILES {
+            let row = first_row + tile * TILE_ROWS;
+            if row >= job.rows.n_rows() {
+                break;
+            }
+            if job.has_block_scales() {
+                // SAFETY: the caller promises that this thread alone has these rows.
+                unsafe { job.finish_sums(row, &sums[tile], scale) };
+            } else {
+                let mut lanes = [0; TILE_ROWS];
+                // SAFETY: 16 elements of 4 bytes.
+                unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), dots[tile]) };
+                // SAFETY: the caller promises that this thread alone has these rows.
+                unsafe { job.finish_dots(row, &lanes, scale) };
+            }
+        }
+    }
+}
+
+/// Sums of `n_blocks` blocks from `first_block`: a lane for each row of the panel.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn multiply<const T: usize>(
+    panel: &[Line],
+    values: &[&[Line]; T],
+    first_block: usize,
+    n_blocks: usize,
+) -> [[__m512i; TILES]; T] {
+    let end_block = first_block + n_blocks;
+    assert!(panel.len() >= end_block * BLOCK_STEPS * TILES, "a panel of {} lines", panel.len());
+    for values in values {
+        assert!(values.len() >= end_block * BLOCK_LINES, "{} lines of values", values.len());
+    }
+    let values: [*const u8; T] = values.map(|values| values.as_ptr().cast());
+    let mut sums = [[_mm512_setzero_si512(); TILES]; T];
+    for step in first_block * BLOCK_STEPS..end_block * BLOCK_STEPS {
+        // SAFETY: `step < end_block * BLOCK_STEPS`, and the panel has two lines for each (asserted above).
+        let codes: [__m512i; TILES] =
+            std::array::from_fn(|tile| unsafe { super::load_line(panel, step * TILES + tile) });
+        for (values, sums) in values.iter().zip(&mut sums) {
+            // SAFETY: the lines of values have four bytes for each step (asserted above).
+            let four = unsafe { values.wrapping_add(step * STEP_COLS).cast::<i32>().read_unaligned() };
+            let four = _mm512_set1_epi32(four);
+            for (sum, codes) in sums.iter_mut().zip(codes) {
+                *sum = _mm512_dpbusd_epi32(*sum, codes, four);
+            }
+        }
+    }
+    sums
+}
+
+/// Unpacks 16 rows from `first` into tile `tile` of a panel. Past the last row it repeats that.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn unpack<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, tile: usize, panel: &mut [Line]) {
+    let starts = rows.starts::<TILE_ROWS>(first);
+    let blocks = panel.chunks_exact_mut(BLOCK_STEPS * TILES);
+    for (block, panel) in (0..rows.n_blocks()).zip(blocks) {
+        let offset = block * rows.block_bytes();
+        let packed: [__m512i; TILE_ROWS] = std::array::from_fn(|row| {
+            if block < rows.n_full() {
+                // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
+                unsafe { load_packed(starts[row], offset) }
+            } else {
+                // SAFETY: 32 bytes lie behind the last whole block (`PackedRows`).
+                unsafe { load_half(starts[row], offset) }
+            }
+        });
+        // Transposed while still packed: four codes a byte, a quarter of the work.
+        for (step, packed) in transposed(packed).into_iter().enumerate() {
+            for place in 0..BLOCK_LINES {
+                let line = (group_at::<REVERSED>(place) * LINE_STEPS + step) * TILES + tile;
+                let codes = codes_at(packed, place);
+                // SAFETY: a `Line` is 64 bytes, aligned to 64.
+                unsafe { _mm512_store_si512(panel[line].0.as_mut_ptr().cast(), codes) };
+            }
+        }
+    }
+}
+
+/// Register `i` of the result has the 32-bit lanes `i` of all 16 registers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
+    // Of four rows each: for each place in a 128-bit lane, the four rows' values.
+    let quads: [[__m512i; 4]; 4] = std::array::from_fn(|quad| {
+        let [a, b, c, d] = std::array::from_fn(|i| rows[4 * quad + i]);
+        let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        [
+            _mm512_unpacklo_epi64(ab_low, cd_low),
+            _mm512_unpackhi_epi64(ab_low, cd_low),
+            _mm512_unpacklo_epi64(ab_high, cd_high),
+            _mm512_unpackhi_epi64(ab_high, cd_high),
+        ]
+    });
+    let mut out = rows;
+    for place in 0..4 {
+        let [a, b, c, d] = quads.map(|quad| quad[place]);
+        let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+        let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        out[place] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
+        out[4 + place] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
+        out[8 + place] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
+        out[12 + place] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
+    }
+    out
+}
