@@ -12,6 +12,7 @@ mod error; // Outcome -> message, hint and exit code, in one place.
 mod generate;
 mod logging;
 mod manual; // `completions` and `man`.
+mod model; // `model info|verify|convert|synth`.
 mod request_args; // The flags that say what to generate.
 mod runtime; // The event loop, and Ctrl-C.
 mod terminal; // Everything that is written to stdout and stderr.
@@ -70,6 +71,8 @@ enum Command {
     Completions(manual::CompletionsArgs),
     /// Print the manual page (troff), or write one page for each subcommand to a folder
     Man(manual::ManArgs),
+    /// Look at model files, check them, make them
+    Model(model::ModelArgs),
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
@@ -81,6 +84,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Restart(args) => control::restart(&args),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::man(&args, Cli::command()),
+        Command::Model(args) => model::main(&args),
     }
 }
 

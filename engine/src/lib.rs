@@ -5,8 +5,10 @@
 //! Invariant (promise P4): a token depends on the model, the prompt, the sampling parameters and the seed, and
 //! on nothing else. Integer sums are exact; every float reduction has one order, the same on every path.
 
+pub mod convert; // Makes model files.
 pub mod dense; // Float and block-quantised matrices: layouts, conversion.
 pub mod gguf; // Model files: bounded zero-copy reader, streaming writer.
+pub mod inspect; // What a model file holds and whether it is sound.
 pub mod kernels; // What is computed: the scalar definition and its fast twins.
 pub mod mapping; // Bytes of a model, shared read-only by all who map them.
 pub mod pool; // Which threads compute it.

@@ -12,6 +12,7 @@ mod metadata;
 mod parse;
 mod tensor_type;
 mod value;
+mod writer;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ pub use error::GgufError;
 pub use metadata::Metadata;
 pub use tensor_type::{I2S_BLOCK_LEN, I2S_TRAILER_BYTES, TensorType};
 pub use value::{F32Array, I32Array, NumberArray, StringArray, Value, ValueType};
+pub use writer::{GgufWriteError, GgufWriter, TensorWriter};
 
 use crate::mapping::Mapping;
 

@@ -191,6 +191,11 @@ impl<'a> StringArray<'a> {
         self.bytes.len()
     }
 
+    /// The array as it is in the file: lengths and bytes.
+    pub(super) fn raw(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// String `idx`. Walks over at most seven others; to read many, [`Self::iter`] is faster.
     #[must_use]
     pub fn get(&self, idx: usize) -> Option<&'a str> {

@@ -1,0 +1,64 @@
+//! `bitnetd model …`: look at model files, check them, make them.
+
+mod synth;
+
+use bitnetd_engine::convert::{ConvertError, Progress};
+use bitnetd_proto::exit_code::ExitCode;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::error::CliError;
+
+/// `bitnetd model`.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    #[command(subcommand)]
+    command: ModelCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ModelCommand {
+    /// Make a model of random ternary weights in a real shape, to measure with
+    Synth(synth::SynthArgs),
+}
+
+/// Runs one of the subcommands.
+pub(crate) fn main(args: &ModelArgs) -> Result<ExitCode, CliError> {
+    match &args.command {
+        ModelCommand::Synth(args) => synth::main(args),
+    }
+}
+
+/// Shows on a terminal how far a conversion is.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new() -> Self {
+        let bar = ProgressBar::new(0);
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}") {
+            bar.set_style(style);
+        }
+        Self(bar)
+    }
+
+    fn show(&self, progress: Progress<'_>) {
+        self.0.set_length(progress.n_total as u64);
+        self.0.set_position(progress.n_done as u64);
+        self.0.set_message(progress.tensor.to_owned());
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// A failed conversion, with the exit code that fits.
+fn convert_error(error: ConvertError) -> CliError {
+    let code = match &error {
+        ConvertError::Output { .. } | ConvertError::Write(_) => ExitCode::Os,
+        ConvertError::Shape { .. } => ExitCode::Usage,
+    };
+    CliError::new(code, format!("{:#}", anyhow::Error::new(error)))
+}
