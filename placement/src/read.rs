@@ -79,7 +79,7 @@ fn mem_total(meminfo: &str) -> Option<u64> {
 /// Every CPU: the possible ones that have a directory, else what `online`, the mask or `/proc/stat` tells.
 fn cpus(tree: Tree<'_>, nodes: &[Node], affinity: Option<&[u32]>) -> Vec<Cpu> {
     let shown = tree.numbered(CPU, "cpu");
-    let online = tree.cpus(&format!("{CPU}/online"));
+    let online = tree.cpus(&format!("{CPU}/online")).filter(|online| !online.is_empty());
     let known = [Some(shown), online.clone(), affinity.map(<[u32]>::to_vec), Some(cpus_of_stat(tree))];
     let ids = known.into_iter().flatten().find(|ids| !ids.is_empty()).unwrap_or_else(|| vec![0]);
     let cpus = sorted(ids).into_iter().map(|id| {

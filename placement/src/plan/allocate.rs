@@ -51,8 +51,18 @@ pub(super) fn l3_key(cpu: &Cpu) -> (u32, u32, u32) {
     (cpu.package, cpu.die, cpu.l3.unwrap_or(u32::MAX))
 }
 
-/// CPU sets of the given sizes, disjoint; the sum of the sizes is at most the pool.
+/// CPU sets of the given sizes, disjoint; the sum of the sizes is at most the pool. Fast cores come first, then
+/// neighbours stand together.
 pub(super) fn allocate(pool: &Pool<'_>, sizes: &[usize]) -> Vec<Vec<u32>> {
+    let mut sets = choose(pool, sizes);
+    sets.sort_by_cached_key(|set| {
+        let cpus = set.iter().filter_map(|id| pool.machine.cpu(*id));
+        cpus.map(|cpu| (cpu.kind, cpu.node, l3_key(cpu), cpu.id)).min()
+    });
+    sets
+}
+
+fn choose(pool: &Pool<'_>, sizes: &[usize]) -> Vec<Vec<u32>> {
     let needed: usize = sizes.iter().sum();
     let fast = pool.without_low_power();
     let candidates = if needed <= fast.len() { fast } else { pool.cpus.clone() };

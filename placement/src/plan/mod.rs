@@ -8,7 +8,7 @@ mod pool;
 mod split;
 mod words;
 
-use bitnetd_config::{AffinityConfig, NumaPolicy, SplitConfig, cpu_list};
+use bitnetd_config::{AffinityConfig, NumaPolicy, SplitConfig};
 use serde::Serialize;
 
 use self::pool::Pool;
@@ -195,7 +195,7 @@ impl Plan {
             let memory =
                 worker.memory_node.map_or_else(String::new, |node| format!(", memory on node {node}"));
             let threads = words::count(worker.cpus.len(), "thread");
-            format!("worker {idx}: {threads} on CPUs {}{memory}", cpu_list::format(&worker.cpus))
+            format!("worker {idx}: {threads} on {}{memory}", words::cpus(&worker.cpus))
         };
         self.workers.iter().enumerate().map(line).collect()
     }

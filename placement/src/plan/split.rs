@@ -6,7 +6,7 @@ use bitnetd_config::{Profile, SmtPolicy};
 
 use super::allocate;
 use super::pool::{Pool, first_siblings};
-use super::words::count;
+use super::words::{count, count_each, cpus};
 use crate::machine::Cpu;
 
 /// `auto` divides a node with more threads than this: each token has some two hundred joins of all threads of a
@@ -37,9 +37,9 @@ pub(super) fn sizes(pool: &Pool<'_>, profile: Profile) -> (Vec<usize>, Vec<Strin
         pool.cpus.iter().map(|cpu| cpu.id).filter(|id| fast.iter().all(|cpu| cpu.id != *id)).collect();
     if !low_power.is_empty() {
         reasons.push(format!(
-            "The low-power cores (CPUs {}) stay free: they are slow and apart from the L3, and every step would wait \
+            "The low-power cores ({}) stay free: they are slow and apart from the L3, and every step would wait \
              for them.",
-            bitnetd_config::cpu_list::format(&low_power)
+            cpus(&low_power)
         ));
     }
     if let (Some(quota), Some(time)) = (quota, pool.machine.quota_cpus)
@@ -139,7 +139,7 @@ fn near(pool: &Pool<'_>, fast: &[&Cpu], n: usize, name: &str, factor: f64) -> (V
         (workers as f64 / target).ln().abs()
             + uneven
             + 2.0 * per_worker(over_nodes)
-            + 0.5 * per_worker(over_l3)
+            + 1.5 * per_worker(over_l3)
     };
     let is_near = |workers: &usize| (target / 2.5..=target * 2.5).contains(&(*workers as f64));
     let candidates = (1..=n).filter(|workers| is_near(workers) || *workers == 1);
@@ -158,9 +158,15 @@ fn near(pool: &Pool<'_>, fast: &[&Cpu], n: usize, name: &str, factor: f64) -> (V
             wished.unwrap_or(1)
         )
     };
+    let words = format!("`{name}`: {}{moved}.", workers_words(&sizes));
+    (sizes, words)
+}
+
+/// `3 workers with 4 threads each`.
+fn workers_words(sizes: &[usize]) -> String {
     let threads = match (sizes.first(), sizes.last()) {
-        (Some(most), Some(least)) if most != least => format!("{least} to {most} threads"),
-        (most, _) => count(most.copied().unwrap_or(1), "thread"),
+        (Some(most), Some(least)) if most != least => format!("{least} to {most} threads each"),
+        (most, _) => count_each(sizes.len(), most.copied().unwrap_or(1)),
     };
-    (sizes, format!("`{name}`: {} with {threads} each{moved}.", count(workers, "worker")))
+    format!("{} with {threads}", count(sizes.len(), "worker"))
 }

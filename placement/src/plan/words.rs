@@ -24,6 +24,18 @@ pub(super) fn count(n: usize, noun: &str) -> String {
     format!("{n} {noun}{plural}")
 }
 
+/// `CPU 4`, `CPUs 4-7`.
+pub(super) fn cpus(cpus: &[u32]) -> String {
+    let plural = if cpus.len() == 1 { "" } else { "s" };
+    format!("CPU{plural} {}", cpu_list::format(cpus))
+}
+
+/// `worker 4`, `workers 4-7`.
+fn workers_of(workers: &[u32]) -> String {
+    let plural = if workers.len() == 1 { "" } else { "s" };
+    format!("worker{plural} {}", cpu_list::format(workers))
+}
+
 /// `4 threads each`, or `1 thread` for one worker.
 pub(super) fn count_each(workers: usize, threads: usize) -> String {
     let each = if workers == 1 { "" } else { " each" };
@@ -42,11 +54,11 @@ impl<'p, 'm> Words<'p, 'm> {
             (cpus, usable) => format!("{usable} of {cpus} CPUs are usable{all}."),
         }];
         if !pool.wrong_kind.is_empty() {
-            reasons.push(format!("`affinity.cores` leaves out CPUs {}.", cpu_list::format(&pool.wrong_kind)));
+            reasons.push(format!("`affinity.cores` leaves out {}.", cpus(&pool.wrong_kind)));
         }
         if !pool.second_siblings.is_empty() {
-            let list = cpu_list::format(&pool.second_siblings);
-            reasons.push(format!("`affinity.smt = \"off\"` leaves out the second siblings, CPUs {list}."));
+            let list = cpus(&pool.second_siblings);
+            reasons.push(format!("`affinity.smt = \"off\"` leaves out the second siblings, {list}."));
         }
         Self { pool, reasons, warnings: Vec::new() }
     }
@@ -82,15 +94,20 @@ impl<'p, 'm> Words<'p, 'm> {
                 self.reasons.push("Each worker stays within one memory node.".into());
             }
         }
-        for (idx, worker) in workers.iter().enumerate() {
-            let node = sets.get(idx).and_then(|set| set.first()).and_then(|cpu| cpu.node);
+        let mut moved: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
+        for (idx, (worker, set)) in (0..).zip(workers.iter().zip(sets)) {
+            let node = set.first().and_then(|cpu| cpu.node);
             if let (Some(memory), Some(node)) = (worker.memory_node, node)
                 && memory != node
             {
-                self.reasons.push(format!(
-                    "Node {node} of worker {idx} has no memory; its memory is on node {memory}, the nearest that has."
-                ));
+                moved.entry((node, memory)).or_default().push(idx);
             }
+        }
+        for ((node, memory), idxs) in moved {
+            self.reasons.push(format!(
+                "Node {node} ({}) has no memory; node {memory} is the nearest that has.",
+                workers_of(&idxs)
+            ));
         }
         let n_bound = workers.iter().filter(|worker| worker.memory_node.is_some()).count();
         if n_bound == workers.len() && n_bound > 0 {
@@ -103,8 +120,8 @@ impl<'p, 'm> Words<'p, 'm> {
                 .map(|(idx, _)| idx)
                 .collect();
             self.warnings.push(format!(
-                "`affinity.numa = \"bind\"` has no one node for the workers {}; their memory is left to the kernel.",
-                cpu_list::format(&unbound)
+                "`affinity.numa = \"bind\"` has no one node for {}; their memory is left to the kernel.",
+                workers_of(&unbound)
             ));
         }
     }
@@ -151,10 +168,10 @@ impl<'p, 'm> Words<'p, 'm> {
             owners.iter().filter(|(_, owners)| owners.len() > 1).map(|(core, _)| *core).collect();
         if !split.is_empty() {
             self.warnings.push(format!(
-                "{} (of CPU {}) {} shared by two workers, which slow each other down: threads in whole cores would \
-                 avoid it.",
+                "{} (of {}) {} shared by two workers, which slow each other down: threads in whole cores would avoid \
+                 it.",
                 count(split.len(), "core"),
-                cpu_list::format(&split),
+                cpus(&split),
                 if split.len() == 1 { "is" } else { "are" }
             ));
         }
@@ -181,33 +198,38 @@ impl<'p, 'm> Words<'p, 'm> {
         if !self.pool.machine.is_hybrid() {
             return;
         }
-        for (idx, set) in sets.iter().enumerate() {
+        let mut pure: BTreeMap<CoreKind, Vec<u32>> = BTreeMap::new();
+        for (idx, set) in (0..).zip(sets) {
             let mut kinds: BTreeMap<CoreKind, Vec<u32>> = BTreeMap::new();
             for cpu in set {
                 kinds.entry(cpu.kind).or_default().push(cpu.id);
             }
-            let words: Vec<String> = kinds
-                .iter()
-                .map(|(kind, cpus)| format!("{} (CPUs {})", kind.label(), cpu_list::format(cpus)))
-                .collect();
             if kinds.len() == 1 {
-                self.reasons.push(format!("Worker {idx} runs on cores of one kind: {}.", words.join(", ")));
-            } else {
-                self.reasons.push(format!(
-                    "Worker {idx} mixes kinds of core, {}: its threads take work in small pieces, so the fast ones do \
-                     more.",
-                    words.join(" and ")
-                ));
+                kinds.into_keys().for_each(|kind| pure.entry(kind).or_default().push(idx));
+                continue;
             }
-            if let Some(slow) = kinds.get(&CoreKind::LowPower)
-                && kinds.len() > 1
-            {
+            let words: Vec<String> =
+                kinds.iter().map(|(kind, ids)| format!("{} ({})", kind.label(), cpus(ids))).collect();
+            self.reasons.push(format!(
+                "Worker {idx} mixes kinds of core, {}: its threads take work in small pieces, so the fast ones do more.",
+                words.join(" and ")
+            ));
+            if let Some(slow) = kinds.get(&CoreKind::LowPower) {
                 self.warnings.push(format!(
-                    "Worker {idx} waits in every step for the low-power cores, CPUs {0}; `affinity.reserve = \"{0}\"` \
-                     leaves them out.",
+                    "Worker {idx} waits in every step for low-power cores, {}; `affinity.reserve = \"{}\"` leaves them \
+                     out.",
+                    cpus(slow),
                     cpu_list::format(slow)
                 ));
             }
+        }
+        for (kind, idxs) in pure {
+            let verb = if idxs.len() == 1 { "has" } else { "have" };
+            self.reasons.push(format!(
+                "{} {verb} only {} cores.",
+                capitalised(&workers_of(&idxs)),
+                kind.label()
+            ));
         }
     }
 
@@ -228,8 +250,8 @@ impl<'p, 'm> Words<'p, 'm> {
             sets.iter().flatten().map(|cpu| cpu.id).filter(|id| isolated.binary_search(id).is_ok()).collect();
         if !used.is_empty() {
             self.reasons.push(format!(
-                "CPUs {} are isolated from the scheduler; they are used because our affinity mask has them.",
-                cpu_list::format(&used)
+                "Isolated from the scheduler, and used because our affinity mask has them: {}.",
+                cpus(&used)
             ));
         }
     }
@@ -242,7 +264,12 @@ impl<'p, 'm> Words<'p, 'm> {
             |id: &u32| self.pool.machine.cpu(*id).is_some_and(|cpu| cpu.kind != CoreKind::LowPower);
         let idle: Vec<u32> = idle.into_iter().filter(is_plain).collect();
         if !idle.is_empty() {
-            self.reasons.push(format!("The cores of CPUs {} stay free.", cpu_list::format(&idle)));
+            self.reasons.push(format!("The cores of {} stay free.", cpus(&idle)));
         }
     }
+}
+
+fn capitalised(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_uppercase().chain(chars).collect())
 }

@@ -1,0 +1,89 @@
+//! Plans with their reasons, for the machines people have.
+
+use bitnetd_config::{AffinityConfig, Choice, CoreChoice, NumaPolicy, Profile, SmtPolicy, SplitConfig};
+use bitnetd_placement::{Machine, plan};
+
+use crate::support::named_machine;
+
+/// The plan in words.
+pub(crate) fn words(machine: &Machine, split: &SplitConfig, affinity: &AffinityConfig) -> String {
+    match plan(machine, split, affinity) {
+        Ok(plan) => {
+            let sentences = |list: Vec<String>, mark: &str| {
+                list.into_iter().map(|text| format!("{mark} {text}\n")).collect::<String>()
+            };
+            let mut lines = plan.lines();
+            if lines.len() > 32 {
+                let n_more = lines.len() - 4;
+                lines.truncate(4);
+                lines.push(format!("… and {n_more} more"));
+            }
+            sentences(lines, " ") + &sentences(plan.reasons, "+") + &sentences(plan.warnings, "!")
+        }
+        Err(error) => format!("x {error}\n"),
+    }
+}
+
+#[track_caller]
+fn profiles(name: &str) -> String {
+    let machine = named_machine(name);
+    let with = |(profile, value): &(&str, Profile)| {
+        format!("{profile}\n{}", words(&machine, &SplitConfig::Profile(*value), &AffinityConfig::default()))
+    };
+    Profile::CHOICES.iter().map(with).collect::<Vec<_>>().join("\n")
+}
+
+macro_rules! profile_snapshots {
+    ($($test:ident: $name:literal,)*) => {
+        $(#[test]
+        fn $test() {
+            insta::assert_snapshot!(profiles($name));
+        })*
+    };
+}
+
+profile_snapshots! {
+    laptop: "laptop 2P+8E+2LP-E",
+    six_cores_twelve_threads: "6 cores 12 threads",
+    epyc_nps4: "EPYC 12 CCDs NPS4",
+    epyc_nps1: "EPYC 12 CCDs NPS1",
+    two_xeons_with_snc: "2 Xeons with SNC",
+    arm_big_little: "ARM big.LITTLE",
+    offline_cpus: "offline CPUs",
+    container_with_a_quota: "container with 3.5 CPUs",
+    cpuless_nodes: "CPU-less nodes",
+    one_cpu: "1 CPU",
+    large_server: "192 cores 8 nodes",
+    no_topology: "no topology",
+}
+
+#[test]
+fn counts_and_policies() {
+    let counts = |workers, threads| SplitConfig::Counts { workers, threads };
+    let default = AffinityConfig::default;
+    let pack = || AffinityConfig { smt: SmtPolicy::Pack, ..default() };
+    let off = || AffinityConfig { smt: SmtPolicy::Off, ..default() };
+    let cores = |cores| AffinityConfig { cores, ..default() };
+    let cases = [
+        ("6 cores 12 threads", counts(3, 2), default()),
+        ("6 cores 12 threads", counts(3, 2), pack()),
+        ("6 cores 12 threads", counts(2, 4), default()),
+        ("6 cores 12 threads", counts(1, 8), default()),
+        ("6 cores 12 threads", counts(2, 3), off()),
+        ("6 cores 12 threads", counts(3, 3), AffinityConfig { reserve: vec![0, 6], ..default() }),
+        ("laptop 2P+8E+2LP-E", counts(1, 4), default()),
+        ("laptop 2P+8E+2LP-E", counts(2, 4), cores(CoreChoice::Efficiency)),
+        ("laptop 2P+8E+2LP-E", counts(1, 14), default()),
+        ("laptop 2P+8E+2LP-E", SplitConfig::Profile(Profile::Auto), cores(CoreChoice::Performance)),
+        ("EPYC 12 CCDs NPS4", counts(2, 8), default()),
+        ("EPYC 12 CCDs NPS4", counts(2, 30), default()),
+        ("2 Xeons with SNC", counts(1, 20), AffinityConfig { numa: NumaPolicy::Bind, ..default() }),
+        ("2 Xeons with SNC", counts(2, 4), AffinityConfig { numa: NumaPolicy::Preferred, ..default() }),
+        ("container with 3.5 CPUs", counts(2, 4), default()),
+        ("6 cores 12 threads", SplitConfig::Explicit(vec![vec![0, 6, 1], vec![7, 2]]), default()),
+    ];
+    let shown = cases.map(|(name, split, affinity)| {
+        format!("{name}, {split:?}, {affinity:?}\n{}", words(&named_machine(name), &split, &affinity))
+    });
+    insta::assert_snapshot!(shown.join("\n"));
+}
