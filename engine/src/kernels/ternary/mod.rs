@@ -32,6 +32,7 @@ mod tests;
 
 use output::{Output, TokenScale, exact_f32};
 use packed::{PackedRows, RowsJob, repack};
+pub use quantize::Norm;
 pub use quantized_rows::QuantizedRows;
 use quantized_rows::{BLOCK_LINES, Line};
 

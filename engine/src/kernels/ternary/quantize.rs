@@ -5,22 +5,74 @@
 
 #![expect(unsafe_code, reason = "calls the instruction set that `KernelSet` has seen")]
 
+use std::cell::RefCell;
+
 use super::quantized_rows::{QuantizedRows, Row};
+use crate::kernels::float::Activation;
 use crate::kernels::{Isa, KernelSet};
 use crate::pool::ThreadPool;
 
 /// Adding and subtracting it rounds an f32 of magnitude below 2^22 to an integer, half to even.
 const ROUNDER: f32 = 12_582_912.0;
 
+thread_local! {
+    /// Two rows of floats between the steps; grows to the longest row once per thread.
+    static ROWS: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+}
+
+/// Weight and epsilon of an RMSNorm.
+pub type Norm<'a> = (&'a [f32], f32);
+
 impl KernelSet {
-    /// Quantises the rows of `x`, `(n, n_cols)`.
+    /// Quantises the rows of `x`, `(n, n_cols)`, after an RMSNorm if one is given.
     ///
     /// # Panics
-    /// If `x` is not as large as `out`.
-    pub fn quantize(self, pool: &ThreadPool, x: &[f32], out: &mut QuantizedRows) {
+    /// If `x` is not as large as `out`, or the weight of the norm not as long as a row.
+    pub fn norm_quantize(
+        self,
+        pool: &ThreadPool,
+        x: &[f32],
+        norm: Option<Norm<'_>>,
+        out: &mut QuantizedRows,
+    ) {
         let n_cols = out.n_cols();
         assert_eq!(x.len(), out.n_rows() * n_cols, "activations of {out:?}");
-        out.fill_rows(pool, &|row, target| self.quantize_row(&x[row * n_cols..(row + 1) * n_cols], target));
+        out.fill_rows(pool, &|row, target| {
+            let x = &x[row * n_cols..(row + 1) * n_cols];
+            ROWS.with_borrow_mut(|[normed, _]| self.norm_quantize_row(x, norm, normed, target));
+        });
+    }
+
+    /// Quantises `act(gate) * up`, `(n, n_cols)`, after an RMSNorm if one is given.
+    ///
+    /// # Panics
+    /// If `gate` or `up` is not as large as `out`, or the weight of the norm not as long as a row.
+    pub fn glu_norm_quantize(
+        self,
+        pool: &ThreadPool,
+        act: Activation,
+        [gate, up]: [&[f32]; 2],
+        norm: Option<Norm<'_>>,
+        out: &mut QuantizedRows,
+    ) {
+        let n_cols = out.n_cols();
+        assert_eq!(gate.len(), out.n_rows() * n_cols, "gates of {out:?}");
+        assert_eq!(up.len(), gate.len(), "gated values");
+        out.fill_rows(pool, &|row, target| {
+            let cols = row * n_cols..(row + 1) * n_cols;
+            ROWS.with_borrow_mut(|[normed, gated]| {
+                gated.resize(n_cols, 0.0);
+                self.glu_row(act, &gate[cols.clone()], &up[cols], gated);
+                self.norm_quantize_row(gated, norm, normed, target);
+            });
+        });
+    }
+
+    fn norm_quantize_row(self, x: &[f32], norm: Option<Norm<'_>>, normed: &mut Vec<f32>, out: &mut Row) {
+        let Some((weight, eps)) = norm else { return self.quantize_row(x, out) };
+        normed.resize(x.len(), 0.0);
+        self.rms_norm_row(x, weight, eps, normed);
+        self.quantize_row(normed, out);
     }
 
     /// Quantises one row.
@@ -93,7 +145,7 @@ mod tests {
         let pool = ThreadPool::new(PoolOptions::unpinned(2)).unwrap();
         let mut rows = QuantizedRows::new(n_rows, n_cols);
         rows.reset(n_rows, n_cols);
-        kernels.quantize(&pool, x, &mut rows);
+        kernels.norm_quantize(&pool, x, None, &mut rows);
         let value = |i: usize| rows.value(i / n_cols, i % n_cols);
         let values = (0..x.len()).map(value).collect();
         (rows, values)
@@ -122,6 +174,29 @@ mod tests {
             x[1] = f32::NEG_INFINITY;
             let (rows, values) = quantize(kernels, &x, 1);
             assert_eq!((values, rows.scale(0)), (vec![0; 128], 0.0));
+        }
+    }
+
+    #[test]
+    fn a_norm_and_a_gate_come_before() {
+        let pool = ThreadPool::new(PoolOptions::unpinned(2)).unwrap();
+        let gate: Vec<f32> = (0_u8..=255).map(|i| f32::from(i) * 0.02 - 2.0).collect();
+        let up: Vec<f32> = gate.iter().rev().copied().collect();
+        let weight: Vec<f32> = (0_u8..128).map(|i| 1.0 + f32::from(i) * 0.01).collect();
+        for kernels in KernelSet::all_present() {
+            let mut h = vec![0.0; 256];
+            kernels.glu_row(Activation::ReluSquared, &gate, &up, &mut h);
+            let mut normed = vec![0.0; 256];
+            kernels.rms_norm_rows(&pool, &h, &weight, 1e-5, &mut normed);
+            let (_, expected) = quantize(kernels, &normed, 2);
+            let mut rows = QuantizedRows::new(2, 128);
+            rows.reset(2, 128);
+            let norm = Some((&weight[..], 1e-5));
+            kernels.norm_quantize(&pool, &h, norm, &mut rows);
+            let value = |rows: &QuantizedRows, i: usize| rows.value(i / 128, i % 128);
+            assert!((0..256).all(|i| value(&rows, i) == expected[i]), "{}", kernels.isa());
+            kernels.glu_norm_quantize(&pool, Activation::ReluSquared, [&gate, &up], norm, &mut rows);
+            assert!((0..256).all(|i| value(&rows, i) == expected[i]), "{}", kernels.isa());
         }
     }
 
