@@ -7,9 +7,12 @@
 
 pub mod convert; // Makes model files.
 pub mod dense; // Float and block-quantised matrices: layouts, conversion.
+pub mod forward; // The graph.
 pub mod gguf; // Model files: bounded zero-copy reader, streaming writer.
 pub mod inspect; // What a model file holds and whether it is sound.
 pub mod kernels; // What is computed: the scalar definition and its fast twins.
+pub mod kv; // Keys and values of the tokens so far.
 pub mod mapping; // Bytes of a model, shared read-only by all who map them.
+pub mod model; // Hyper-parameters and weights of a file.
 pub mod pool; // Which threads compute it.
 pub mod ternary; // How ternary weights are stored.
