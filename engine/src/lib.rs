@@ -9,6 +9,7 @@ pub mod convert; // Makes model files.
 pub mod dense; // Float and block-quantised matrices: layouts, conversion.
 pub mod forward; // The graph.
 pub mod gguf; // Model files: bounded zero-copy reader, streaming writer.
+pub mod head; // The output head in four bits, which finds the rows worth computing.
 pub mod inspect; // What a model file holds and whether it is sound.
 pub mod kernels; // What is computed: the scalar definition and its fast twins.
 pub mod kv; // Keys and values of the tokens so far.

@@ -7,6 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub mod float; // Norms, activations, RoPE, attention, dense products.
+pub mod head; // The fast output head.
 pub mod probe; // What the machine can do at best.
 pub mod ternary; // Ternary matrices times int8 activations.
 

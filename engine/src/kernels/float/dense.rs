@@ -25,19 +25,24 @@ impl KernelSet {
         });
     }
 
-    /// `dot(row of w, x)` for one row, as [`Self::dense_matmul`] gives it.
+    /// `out[offset + r] = dot(row r of w, x)` for the given rows, to the bit as [`Self::dense_matmul`] gives it.
     ///
     /// # Panics
-    /// If there is no such row or `x` is not `n_cols` long.
-    #[must_use]
-    pub fn dense_dot(self, w: &DenseMatrix<'_>, row: usize, x: &[f32]) -> f32 {
+    /// If there is no such row, `x` is not `n_cols` long, or `out` too short.
+    ///
+    /// # Safety
+    /// Nobody else uses these elements of `out` meanwhile.
+    #[expect(unsafe_code, reason = "writes to a shared output")]
+    pub(crate) unsafe fn dense_gather(
+        self,
+        w: &DenseMatrix<'_>,
+        rows: &[u32],
+        x: &[f32],
+        (out, offset): (&SharedOut<'_, f32>, usize),
+    ) {
         assert_eq!(check_shape(w, x), 1, "one row of inputs");
-        assert!(row < w.n_rows(), "row {row} of {w:?}");
-        let mut out = [0.0];
-        // A one-row view, whose output is at 0.
-        let rows = DenseRows { w: *w, rows: row..row + 1, x, out: &SharedOut::new(&mut out), stride: 0 };
-        self.on_lanes(DenseDot(rows));
-        out[0]
+        let whole = DenseRows { w: *w, rows: 0..w.n_rows(), x, out, stride: 0 };
+        self.on_lanes(DenseGather { whole, rows, offset });
     }
 }
 
@@ -48,7 +53,7 @@ fn check_shape(w: &DenseMatrix<'_>, x: &[f32]) -> usize {
 }
 
 /// Enough chunks that no thread waits long for the last one, and enough rows in one to be worth claiming.
-pub(super) fn rows_per_chunk(n_rows: usize, n_threads: usize) -> usize {
+pub(in crate::kernels) fn rows_per_chunk(n_rows: usize, n_threads: usize) -> usize {
     (n_rows / (n_threads * 8)).clamp(8, 128).next_multiple_of(4)
 }
 
@@ -117,7 +122,7 @@ impl DenseRows<'_> {
         row: usize,
         token: usize,
     ) {
-        let sums = self.sums::<L, F, R, T>(lanes, row, token);
+        let sums = self.sums::<L, F, R, T>(lanes, std::array::from_fn(|r| row + r), token);
         for (t, sums) in sums.iter().enumerate() {
             self.put((token + t) * self.stride + row, sums);
         }
@@ -127,15 +132,12 @@ impl DenseRows<'_> {
     fn sums<L: Lanes, F: RowReader, const R: usize, const T: usize>(
         &self,
         lanes: L,
-        row: usize,
+        row_idx: [usize; R],
         token: usize,
     ) -> [[f32; R]; T] {
         let n_cols = self.w.n_cols();
         let n_pairs = n_cols / 32;
-        let mut rows = [&[0u8][..]; R];
-        for (r, bytes) in rows.iter_mut().enumerate() {
-            *bytes = self.w.row(row + r);
-        }
+        let rows = row_idx.map(|row| self.w.row(row));
         let mut xs = [&[0.0f32][..]; T];
         for (t, x) in xs.iter_mut().enumerate() {
             *x = &self.x[(token + t) * n_cols..][..n_cols];
@@ -192,23 +194,42 @@ impl DenseRows<'_> {
     }
 }
 
-struct DenseDot<'a>(DenseRows<'a>);
+struct DenseGather<'a> {
+    whole: DenseRows<'a>,
+    rows: &'a [u32],
+    offset: usize,
+}
 
-impl LanesTask for DenseDot<'_> {
+impl LanesTask for DenseGather<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let rows = &self.0;
-        let row = rows.rows.start;
-        let [[sum]] = match rows.w.format() {
-            DenseFormat::F32 => rows.sums::<L, dense_rows::F32, 1, 1>(lanes, row, 0),
-            DenseFormat::F16 => rows.sums::<L, dense_rows::F16, 1, 1>(lanes, row, 0),
-            DenseFormat::Bf16 => rows.sums::<L, dense_rows::Bf16, 1, 1>(lanes, row, 0),
-            DenseFormat::Q8_0 => rows.sums::<L, dense_rows::Q8_0, 1, 1>(lanes, row, 0),
-            DenseFormat::Q6K => rows.sums::<L, dense_rows::Q6K, 1, 1>(lanes, row, 0),
-            DenseFormat::Q4_0 => rows.sums::<L, dense_rows::Q4_0, 1, 1>(lanes, row, 0),
-        };
-        rows.put(0, &[sum]);
+        match self.whole.w.format() {
+            DenseFormat::F32 => self.of::<L, dense_rows::F32>(lanes),
+            DenseFormat::F16 => self.of::<L, dense_rows::F16>(lanes),
+            DenseFormat::Bf16 => self.of::<L, dense_rows::Bf16>(lanes),
+            DenseFormat::Q8_0 => self.of::<L, dense_rows::Q8_0>(lanes),
+            DenseFormat::Q6K => self.of::<L, dense_rows::Q6K>(lanes),
+            DenseFormat::Q4_0 => self.of::<L, dense_rows::Q4_0>(lanes),
+        }
+    }
+}
+
+impl DenseGather<'_> {
+    /// Four rows at a time, so that memory fetches four at a time.
+    #[inline(always)]
+    fn of<L: Lanes, F: RowReader>(&self, lanes: L) {
+        let (fours, rest) = self.rows.as_chunks::<4>();
+        for rows in fours {
+            let [sums] = self.whole.sums::<L, F, 4, 1>(lanes, rows.map(|row| row as usize), 0);
+            for (row, sum) in rows.iter().zip(sums) {
+                self.whole.put(self.offset + *row as usize, &[sum]);
+            }
+        }
+        for row in rest {
+            let [sum] = self.whole.sums::<L, F, 1, 1>(lanes, [*row as usize], 0);
+            self.whole.put(self.offset + *row as usize, &sum);
+        }
     }
 }

@@ -16,11 +16,12 @@ mod dense_rows; // Their rows, thirty-two columns at a time.
 mod elementwise; // Norms, activations, residuals, f16 stores.
 pub(super) mod lanes; // Sixteen lanes on each instruction set.
 mod rope; // Rotary position embedding.
-mod shared_out; // An output that several threads fill.
+pub(super) mod shared_out; // An output that several threads fill.
 
 #[cfg(test)]
 mod tests;
 
 pub use attention::{AttentionRow, AttentionScratch, AttentionShape, KV_PAGE_TOKENS, KvLayer};
+pub(super) use dense::rows_per_chunk;
 pub use elementwise::Activation;
 pub use rope::{RopeStyle, RopeTable};

@@ -1,7 +1,9 @@
 //! Dense products.
+#![expect(unsafe_code, reason = "calls an unsafe kernel")]
 
 use proptest::prelude::*;
 
+use super::super::shared_out::SharedOut;
 use super::{assert_same, noise, plain_dot, pools};
 use crate::dense::{DenseFormat, DenseMatrix, quantize_row};
 use crate::kernels::KernelSet;
@@ -34,10 +36,16 @@ proptest! {
                     set.dense_matmul(pool, &w, &x, &mut out);
                     assert_same(&out, &expected, &(set, &w, n));
                 }
-                for (i, expected) in expected.iter().enumerate() {
-                    let x = &x[i / n_rows * n_cols..][..n_cols];
-                    assert_same(&[set.dense_dot(&w, i % n_rows, x)], &[*expected], &(set, &w, i));
+                let mut gathered = vec![0.0; n * n_rows];
+                let odd_rows: Vec<u32> = (0..u32::try_from(n_rows).unwrap()).filter(|r| r % 3 != 1).collect();
+                let out = SharedOut::new(&mut gathered);
+                for (i, x) in x.chunks(n_cols).enumerate() {
+                    // SAFETY: this is the only user of `out`.
+                    unsafe { set.dense_gather(&w, &odd_rows, x, (&out, i * n_rows)) };
                 }
+                let expected: Vec<f32> =
+                    expected.iter().enumerate().map(|(i, v)| if i % n_rows % 3 == 1 { 0.0 } else { *v }).collect();
+                assert_same(&gathered, &expected, &(set, &w));
             }
         }
     }
