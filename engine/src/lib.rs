@@ -17,3 +17,4 @@ pub mod mapping; // Bytes of a model, shared read-only by all who map them.
 pub mod model; // Hyper-parameters and weights of a file.
 pub mod pool; // Which threads compute it.
 pub mod ternary; // How ternary weights are stored.
+pub mod tokenizer; // Text to token ids and back.

@@ -1,0 +1,89 @@
+//! Token ids, splits and character classes against those of the `tokenizers` library (`tests/golden`).
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed unwrap is a failed test"
+)]
+
+use std::path::{Path, PathBuf};
+
+use bitnetd_engine::tokenizer::{Detokenizer, PreTokenizer, Special, TokenKind, Tokenizer, TokenizerOptions};
+use serde_json::Value;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
+}
+
+fn read_json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap()
+}
+
+fn ids_of(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
+}
+
+fn strings_of(value: &Value) -> Vec<String> {
+    value.as_array().unwrap().iter().map(|s| s.as_str().unwrap().to_owned()).collect()
+}
+
+/// A tokenizer from a Hugging Face `tokenizer.json`, as far as the golden ones go.
+fn from_tokenizer_json(path: &Path) -> Tokenizer {
+    let spec = read_json(path);
+    let vocab = spec["model"]["vocab"].as_object().unwrap();
+    let added = spec["added_tokens"].as_array().unwrap();
+    let n_vocab =
+        vocab.values().chain(added.iter().map(|t| &t["id"])).map(|id| id.as_u64().unwrap()).max().unwrap()
+            + 1;
+    let mut tokens = vec![String::new(); usize::try_from(n_vocab).unwrap()];
+    let mut kinds = vec![TokenKind::Normal; tokens.len()];
+    for (text, id) in vocab {
+        tokens[usize::try_from(id.as_u64().unwrap()).unwrap()] = text.clone();
+    }
+    for token in added {
+        let id = usize::try_from(token["id"].as_u64().unwrap()).unwrap();
+        tokens[id] = token["content"].as_str().unwrap().to_owned();
+        kinds[id] = TokenKind::Control;
+    }
+    let merges: Vec<String> =
+        spec["model"]["merges"].as_array().unwrap().iter().map(|pair| strings_of(pair).join(" ")).collect();
+    let options = TokenizerOptions {
+        pre_tokenizer: PreTokenizer::LlamaBpe,
+        ignore_merges: true,
+        bos: None,
+        adds_bos: false,
+        ends: Vec::new(),
+    };
+    let merges = merges.iter().map(String::as_str);
+    Tokenizer::from_parts(tokens.iter().map(String::as_str), kinds, merges, options).unwrap()
+}
+
+fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    let (mut detokenizer, mut text) = (Detokenizer::new(), String::new());
+    ids.iter().for_each(|id| detokenizer.push(tokenizer, *id, &mut text));
+    detokenizer.flush(&mut text);
+    text
+}
+
+#[track_caller]
+fn assert_golden(tokenizer: &Tokenizer, file: &str) {
+    let golden = read_json(&golden(file));
+    let cases = golden["cases"].as_array().unwrap();
+    assert!(cases.len() > 400, "{} cases", cases.len());
+    for case in cases {
+        let text = case["text"].as_str().unwrap();
+        let parsed = ids_of(&case["ids"]);
+        assert_eq!(tokenizer.encode(text, Special::Parse, false).unwrap(), parsed, "{text:?}");
+        let plain = case.get("ids_as_text").map_or_else(|| parsed.clone(), ids_of);
+        assert_eq!(tokenizer.encode(text, Special::AsText, false).unwrap(), plain, "as text: {text:?}");
+        let decoded = case.get("decoded").map_or(text, |decoded| decoded.as_str().unwrap());
+        assert_eq!(decode(tokenizer, &parsed), decoded);
+        assert_eq!(decode(tokenizer, &plain), text);
+    }
+}
+
+#[test]
+fn tiny_tokenizer_gives_the_ids_of_tokenizers() {
+    assert_golden(&from_tokenizer_json(&golden("tiny/tokenizer.json")), "tokenizer_tiny.json");
+}
