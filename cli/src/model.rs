@@ -1,8 +1,14 @@
 //! `bitnetd model …`: look at model files, check them, make them.
 
+mod convert;
 mod synth;
 
+use std::path::Path;
+use std::sync::Arc;
+
 use bitnetd_engine::convert::{ConvertError, Progress};
+use bitnetd_engine::gguf::Gguf;
+use bitnetd_engine::mapping::{Mapping, MappingError};
 use bitnetd_proto::exit_code::ExitCode;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,6 +24,8 @@ pub(crate) struct ModelArgs {
 
 #[derive(Debug, Subcommand)]
 enum ModelCommand {
+    /// Make a GGUF file from a Hugging Face checkpoint, or store a GGUF file's tensors in another way
+    Convert(convert::ConvertArgs),
     /// Make a model of random ternary weights in a real shape, to measure with
     Synth(synth::SynthArgs),
 }
@@ -25,6 +33,7 @@ enum ModelCommand {
 /// Runs one of the subcommands.
 pub(crate) fn main(args: &ModelArgs) -> Result<ExitCode, CliError> {
     match &args.command {
+        ModelCommand::Convert(args) => convert::main(args),
         ModelCommand::Synth(args) => synth::main(args),
     }
 }
@@ -54,11 +63,23 @@ impl Drop for Bar {
     }
 }
 
+/// Opens and parses a model file.
+fn open(path: &Path) -> Result<Gguf, CliError> {
+    let mapping = Mapping::open(path).map_err(|error| match error {
+        MappingError::Open { path, source } => CliError::file("open", &path, source),
+        MappingError::NotAFile { .. } => CliError::new(ExitCode::NoInput, error),
+        MappingError::Map { .. } => CliError::new(ExitCode::Os, format!("{:#}", anyhow::Error::new(error))),
+    })?;
+    Gguf::parse(Arc::new(mapping))
+        .map_err(|error| CliError::new(ExitCode::Data, format!("cannot use `{}`: {error}", path.display())))
+}
+
 /// A failed conversion, with the exit code that fits.
 fn convert_error(error: ConvertError) -> CliError {
     let code = match &error {
         ConvertError::Output { .. } | ConvertError::Write(_) => ExitCode::Os,
         ConvertError::Shape { .. } => ExitCode::Usage,
+        ConvertError::HuggingFace(_) | ConvertError::Retype(_) => ExitCode::Data,
     };
     CliError::new(code, format!("{:#}", anyhow::Error::new(error)))
 }

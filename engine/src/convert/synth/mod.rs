@@ -10,7 +10,7 @@ use std::path::Path;
 
 use self::random::{GaussTable, Stream, TernaryTable};
 use super::output::Output;
-use super::{ConvertError, OnProgress, Progress};
+use super::{ConvertError, FILE_TYPE_I2_S, OnProgress, Progress};
 use crate::gguf::{GgufWriteError, GgufWriter, TensorType, TensorWriter};
 use crate::inspect::{ModelShape, TensorRole, TensorSpec};
 use crate::ternary::i2_s_trailer;
@@ -70,9 +70,6 @@ fn header(options: &SynthOptions, specs: &[TensorSpec]) -> Result<GgufWriter, Gg
     }
     Ok(writer)
 }
-
-/// `general.file_type` of files whose projections are `I2_S`.
-pub(super) const FILE_TYPE_I2_S: u32 = 40;
 
 fn stored_as(role: TensorRole) -> TensorType {
     match role {
