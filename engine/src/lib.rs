@@ -5,6 +5,7 @@
 //! Invariant (promise P4): a token depends on the model, the prompt, the sampling parameters and the seed, and
 //! on nothing else. Integer sums are exact; every float reduction has one order, the same on every path.
 
+pub mod chat; // Conversations as prompts.
 pub mod convert; // Makes model files.
 pub mod dense; // Float and block-quantised matrices: layouts, conversion.
 pub mod forward; // The graph.
@@ -16,5 +17,6 @@ pub mod kv; // Keys and values of the tokens so far.
 pub mod mapping; // Bytes of a model, shared read-only by all who map them.
 pub mod model; // Hyper-parameters and weights of a file.
 pub mod pool; // Which threads compute it.
+pub mod sampler; // Which token comes next.
 pub mod ternary; // How ternary weights are stored.
 pub mod tokenizer; // Text to token ids and back.

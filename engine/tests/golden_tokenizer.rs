@@ -52,6 +52,7 @@ fn from_tokenizer_json(path: &Path) -> Tokenizer {
         pre_tokenizer: PreTokenizer::LlamaBpe,
         ignore_merges: true,
         bos: None,
+        eos: None,
         adds_bos: false,
         ends: Vec::new(),
     };
@@ -86,4 +87,37 @@ fn assert_golden(tokenizer: &Tokenizer, file: &str) {
 #[test]
 fn tiny_tokenizer_gives_the_ids_of_tokenizers() {
     assert_golden(&from_tokenizer_json(&golden("tiny/tokenizer.json")), "tokenizer_tiny.json");
+}
+
+#[test]
+fn gpt2_splits_are_those_of_tokenizers() {
+    let golden = read_json(&golden("splits_gpt2.json"));
+    let (texts, splits) = (golden["texts"].as_array().unwrap(), golden["splits"].as_array().unwrap());
+    assert!(texts.len() > 400 && texts.len() == splits.len());
+    for (text, expected) in texts.iter().zip(splits) {
+        let found: Vec<&str> = PreTokenizer::Gpt2.split(text.as_str().unwrap()).collect();
+        assert_eq!(found, strings_of(expected));
+    }
+}
+
+/// The Unicode version of `tokenizers` may be another than ours; then only code points that one of the two does not
+/// know may differ.
+#[test]
+fn character_classes_are_those_of_tokenizers() {
+    let golden = read_json(&golden("unicode_classes.json"));
+    let mut differences = Vec::new();
+    for class in ["letter", "number", "space"] {
+        let mut is_member = vec![false; 0x11_0000];
+        for range in golden[class].as_array().unwrap() {
+            let [first, last] = ids_of(range)[..] else { panic!("{range}") };
+            is_member[first as usize..=last as usize].fill(true);
+        }
+        for c in '\0'..=char::MAX {
+            let ours = PreTokenizer::class_name(c) == class;
+            if ours != is_member[c as usize] {
+                differences.push((class, u32::from(c)));
+            }
+        }
+    }
+    assert!(differences.is_empty(), "{} code points: {differences:x?}", differences.len());
 }

@@ -2,7 +2,7 @@
 
 /// The character that stands for `byte` in a token's text.
 #[cfg(test)]
-pub(super) fn char_of_byte(byte: u8) -> char {
+pub(crate) fn char_of_byte(byte: u8) -> char {
     let code = match byte {
         0..=32 => 256 + u32::from(byte),
         127..=160 => 256 + u32::from(byte) - 127 + 33,

@@ -13,6 +13,8 @@ mod vocabulary;
 
 use crate::gguf::{Gguf, GgufError, Metadata};
 
+#[cfg(test)]
+pub(crate) use byte_level::char_of_byte;
 pub use detokenizer::Detokenizer;
 pub use pre_tokenizer::PreTokenizer;
 pub use special::Special;
@@ -136,7 +138,9 @@ pub struct TokenizerOptions {
     pub ignore_merges: bool,
     /// Begin-of-text.
     pub bos: Option<u32>,
-    /// Whether a prompt starts with it.
+    /// End-of-text, as chat templates see it. It is not added to [`Self::ends`] by itself.
+    pub eos: Option<u32>,
+    /// Whether a prompt starts with begin-of-text.
     pub adds_bos: bool,
     /// Tokens that end the text, beside those known by name.
     pub ends: Vec<u32>,
@@ -229,6 +233,12 @@ impl Tokenizer {
         self.options.bos
     }
 
+    /// The end-of-text token, if there is one.
+    #[must_use]
+    pub fn eos(&self) -> Option<u32> {
+        self.options.eos
+    }
+
     /// Whether a prompt starts with the begin-of-text token.
     #[must_use]
     pub fn adds_bos(&self) -> bool {
@@ -273,49 +283,43 @@ impl Tokenizer {
     /// # Errors
     /// The text is longer than [`TEXT_BYTES_MAX`].
     pub fn encode(&self, text: &str, special: Special, add_bos: bool) -> Result<Vec<u32>, TokenizerError> {
-        self.encode_segments(text, special, add_bos, None)
-    }
-
-    /// Encodes after leaving out every `mark`, which special tokens do not reach across.
-    pub(crate) fn encode_marked(
-        &self,
-        text: &str,
-        mark: char,
-        add_bos: bool,
-    ) -> Result<Vec<u32>, TokenizerError> {
-        self.encode_segments(text, Special::Parse, add_bos, Some(mark))
-    }
-
-    /// Bytes of the tokens that are looked for in text before it is split.
-    pub(crate) fn special_texts(&self) -> impl Iterator<Item = &[u8]> {
-        self.special.texts()
-    }
-
-    fn encode_segments(
-        &self,
-        text: &str,
-        special: Special,
-        add_bos: bool,
-        mark: Option<char>,
-    ) -> Result<Vec<u32>, TokenizerError> {
-        if text.len() > TEXT_BYTES_MAX {
-            return Err(TokenizerError::TextTooLong { len: text.len() });
-        }
-        let mut ids = Vec::new();
+        check_len(text)?;
+        let (mut ids, mut scratch) = (Vec::new(), MergeScratch::default());
         if add_bos {
             ids.extend(self.options.bos);
         }
-        let mut scratch = MergeScratch::default();
-        self.special.split(text, special, |segment| match segment {
+        self.encode_segments(text, special, &mut scratch, &mut ids);
+        Ok(ids)
+    }
+
+    /// Encodes after leaving out every `mark`, which control tokens do not reach across. They are found as they are in
+    /// [`Special::Parse`], user-defined tokens as if there were no marks.
+    pub(crate) fn encode_marked(&self, text: &str, mark: char) -> Result<Vec<u32>, TokenizerError> {
+        check_len(text)?;
+        let (mut ids, mut scratch) = (Vec::new(), MergeScratch::default());
+        self.special.split(text, Special::Parse, |segment| match segment {
             Segment::Token(id) => ids.push(id),
-            Segment::Text(text) => match mark {
-                Some(mark) if text.contains(mark) => {
-                    self.encode_text(&text.replace(mark, ""), &mut scratch, &mut ids);
-                }
-                _ => self.encode_text(text, &mut scratch, &mut ids),
-            },
+            Segment::Text(marked) => {
+                self.encode_segments(&marked.replace(mark, ""), Special::AsText, &mut scratch, &mut ids);
+            }
         });
         Ok(ids)
+    }
+
+    /// Texts of the control tokens.
+    pub(crate) fn control_texts(&self) -> impl Iterator<Item = &str> {
+        let is_control = |id: &u32| self.kind(*id) != Some(TokenKind::UserDefined);
+        self.vocabulary
+            .special_ids()
+            .filter(is_control)
+            .filter_map(|id| str::from_utf8(self.token_bytes(id)).ok())
+    }
+
+    fn encode_segments(&self, text: &str, special: Special, scratch: &mut MergeScratch, ids: &mut Vec<u32>) {
+        self.special.split(text, special, |segment| match segment {
+            Segment::Token(id) => ids.push(id),
+            Segment::Text(text) => self.encode_text(text, scratch, ids),
+        });
     }
 
     fn encode_text(&self, text: &str, scratch: &mut MergeScratch, ids: &mut Vec<u32>) {
@@ -328,6 +332,11 @@ impl Tokenizer {
             }
         }
     }
+}
+
+fn check_len(text: &str) -> Result<(), TokenizerError> {
+    let len = text.len();
+    if len > TEXT_BYTES_MAX { Err(TokenizerError::TextTooLong { len }) } else { Ok(()) }
 }
 
 fn required<T>(value: Option<T>, key: &'static str) -> Result<T, TokenizerError> {
@@ -355,6 +364,7 @@ fn read_options(metadata: &Metadata<'_>, n_tokens: usize) -> Result<TokenizerOpt
         pre_tokenizer,
         ignore_merges: is_llama,
         bos: metadata.u32(BOS_KEY)?,
+        eos: metadata.u32(END_KEYS[0])?,
         adds_bos: metadata.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(is_llama),
         ends,
     })

@@ -31,13 +31,24 @@ impl PreTokenizer {
     }
 
     /// The pieces of `text`, in order and without gaps.
-    pub(super) fn split(self, text: &str) -> Pieces<'_> {
+    pub fn split(self, text: &str) -> impl Iterator<Item = &str> {
         Pieces { pattern: self, rest: text }
+    }
+
+    /// What a character is to the patterns: `letter` (`\p{L}`), `number` (`\p{N}`), `space` (`\s`) or `mark`.
+    #[must_use]
+    pub fn class_name(c: char) -> &'static str {
+        match Kind::of(c) {
+            Kind::Letter => "letter",
+            Kind::Number => "number",
+            Kind::Space => "space",
+            Kind::Mark => "mark",
+        }
     }
 }
 
 /// Iterator over pieces.
-pub(super) struct Pieces<'a> {
+struct Pieces<'a> {
     pattern: PreTokenizer,
     rest: &'a str,
 }

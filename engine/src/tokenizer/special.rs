@@ -83,11 +83,6 @@ impl SpecialTokens {
             each(Segment::Text(&text[plain_start..]));
         }
     }
-
-    /// Bytes of every control and user-defined token.
-    pub(super) fn texts(&self) -> impl Iterator<Item = &[u8]> {
-        self.sorted.iter().map(|(bytes, ..)| &**bytes)
-    }
 }
 
 impl std::fmt::Debug for SpecialTokens {

@@ -18,6 +18,7 @@ fn tokenizer_of(merges: &[&str], specials: &[(&str, TokenKind)]) -> Tokenizer {
             .iter()
             .position(|(text, _)| *text == "<s>")
             .map(|at| (kinds.len() - specials.len() + at) as u32),
+        eos: None,
         adds_bos: true,
         ends: Vec::new(),
     };
@@ -97,7 +98,7 @@ fn special_tokens_are_leftmost_longest_and_only_when_asked() {
 #[test]
 fn marks_keep_special_tokens_apart_and_vanish() {
     let tokenizer = tokenizer_of(&["a b"], &[("<|x|>", TokenKind::Control)]);
-    let marked = tokenizer.encode_marked("<|x|>a\u{fdd0}b<\u{fdd0}|x|>", '\u{fdd0}', false).unwrap();
+    let marked = tokenizer.encode_marked("<|x|>a\u{fdd0}b<\u{fdd0}|x|>", '\u{fdd0}').unwrap();
     let mut expected = tokenizer.encode("<|x|>", Special::Parse, false).unwrap();
     expected.extend(tokenizer.encode("ab<|x|>", Special::AsText, false).unwrap());
     assert_eq!(marked, expected);
@@ -121,6 +122,7 @@ fn parts_that_do_not_fit_are_refused() {
             pre_tokenizer: PreTokenizer::Gpt2,
             ignore_merges: false,
             bos,
+            eos: None,
             adds_bos: false,
             ends: Vec::new(),
         };
@@ -152,10 +154,36 @@ fn parts_that_do_not_fit_are_refused() {
             pre_tokenizer: PreTokenizer::Gpt2,
             ignore_merges: false,
             bos: None,
+            eos: None,
             adds_bos: false,
             ends: Vec::new(),
         };
         let result = Tokenizer::from_parts(tokens.into_iter(), kinds, std::iter::empty(), options);
         assert_eq!(result.is_ok(), len == SPECIAL_TOKEN_BYTES_MAX, "{result:?}");
     }
+}
+
+/// About the size of Llama 3's: all words of two and three letters out of fifty, each reached by every cut.
+#[test]
+fn a_vocabulary_of_128_thousand_tokens_is_small() {
+    let letters: Vec<char> = (b'!'..b'!' + 50).map(char::from).collect();
+    let mut tokens: Vec<String> = (0..=255).map(|byte| char_of_byte(byte).to_string()).collect();
+    let mut merges = Vec::new();
+    for a in &letters {
+        for b in &letters {
+            tokens.push(format!("{a}{b}"));
+            merges.push(format!("{a} {b}"));
+        }
+    }
+    for ab in tokens[256..].to_vec() {
+        for c in &letters {
+            tokens.push(format!("{ab}{c}"));
+            merges.push(format!("{ab} {c}"));
+            merges.push(format!("{} {}{c}", &ab[..1], &ab[1..]));
+        }
+    }
+    let (words, pairs) = (tokens.iter().map(String::as_str), merges.iter().map(String::as_str));
+    let vocabulary = Vocabulary::build(words, Vec::new(), pairs).unwrap();
+    assert_eq!((tokens.len(), merges.len()), (127_756, 252_500));
+    assert!(vocabulary.memory_bytes() < 10 << 20, "{} bytes", vocabulary.memory_bytes());
 }

@@ -153,6 +153,15 @@ impl Vocabulary {
         self.merges[rank as usize]
     }
 
+    /// Bytes on the heap.
+    #[cfg(test)]
+    pub(super) fn memory_bytes(&self) -> usize {
+        let indexes =
+            self.starts.capacity() + self.tokens_by_bytes.capacity() + self.merges_by_pair.capacity();
+        let merges = self.merges.capacity() * size_of::<Merge>();
+        self.bytes.capacity() + self.kinds.capacity() + merges + indexes * size_of::<u32>()
+    }
+
     fn index_tokens(&mut self) {
         // Of two with the same bytes the ordinary kind goes first, then the lower number.
         for pass in [TokenKind::Normal, TokenKind::Byte, TokenKind::UserDefined] {
