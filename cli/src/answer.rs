@@ -3,6 +3,7 @@
 //! Where the events come from (a service in this process, a daemon's socket) is a [`Source`].
 
 use bitnetd_proto::event::{Done, FinishReason, Token, TokenLogprobs};
+use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::error::CliError;
@@ -167,7 +168,7 @@ pub(crate) async fn print(
     collector: Collector,
     as_json: bool,
 ) -> Result<Answer, CliError> {
-    let printer = Printer::start()?;
+    let printer = Printer::start(ProgressBar::hidden())?;
     let followed = async {
         let answer = collector
             .collect(source, async |text| {

@@ -7,9 +7,11 @@ use std::io;
 use std::path::Path;
 
 use bitnetd_config::LoadError;
+use bitnetd_placement::PlanError;
 use bitnetd_proto::client::ClientError;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_supervisor::{ListenError, StartError};
 
 use crate::terminal;
 
@@ -89,6 +91,11 @@ impl CliError {
         self.error.downcast_ref()
     }
 
+    /// What is wrong and why, in one line, without the hint.
+    pub(crate) fn message(&self) -> String {
+        format!("{:#}", self.error)
+    }
+
     /// The code to exit with.
     pub(crate) fn exit_code(&self) -> ExitCode {
         self.code
@@ -105,7 +112,7 @@ impl CliError {
 
 impl Display for CliError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "error: {:#}", self.error)?;
+        write!(f, "error: {}", self.message())?;
         match &self.hint {
             Some(hint) => write!(f, "\nhint: {hint}"),
             None => Ok(()),
@@ -143,6 +150,33 @@ impl From<ClientError> for CliError {
             ClientError::Unexpected(_) => ExitCode::Software,
         };
         Self::with_code(code, error)
+    }
+}
+
+impl From<StartError> for CliError {
+    fn from(error: StartError) -> Self {
+        let hint = match &error {
+            StartError::Worker { error, .. } => error.hint.clone(),
+            StartError::Model(_) => {
+                Some("-m takes a GGUF file; without it the built-in model runs".to_owned())
+            }
+            StartError::NoWorkers | StartError::Stopped => None,
+        };
+        Self { hint, ..Self::with_code(error.exit_code(), error) }
+    }
+}
+
+impl From<ListenError> for CliError {
+    fn from(error: ListenError) -> Self {
+        let hint = error.hint();
+        Self::with_code(error.exit_code(), error).hint(hint)
+    }
+}
+
+impl From<PlanError> for CliError {
+    fn from(error: PlanError) -> Self {
+        Self::with_code(ExitCode::Config, error)
+            .hint("`bitnetd topology` shows the CPUs and why each can be used")
     }
 }
 

@@ -2,10 +2,13 @@
 
 use std::io::{self, IsTerminal as _};
 
-use bitnetd_config::LogFormat;
+use bitnetd_config::{LogConfig, LogFormat};
+use bitnetd_proto::exit_code::ExitCode;
 use clap::{ArgAction, Args};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+
+use crate::error::CliError;
 
 /// How much is said, for every subcommand.
 #[derive(Clone, Copy, Debug, Args)]
@@ -21,6 +24,19 @@ pub(crate) struct LogArgs {
 /// Starts logging for a command that a person waits for: warnings, unless asked for more or less.
 pub(crate) fn init(args: &LogArgs) {
     install(EnvFilter::default().add_directive(level(args, LevelFilter::WARN).into()), LogFormat::Text);
+}
+
+/// Starts logging for the daemon: as the configuration says, unless a flag asks for more or less.
+pub(crate) fn init_daemon(args: &LogArgs, config: &LogConfig) -> Result<(), CliError> {
+    let filter = if args.quiet || args.verbose > 0 {
+        EnvFilter::default().add_directive(level(args, LevelFilter::INFO).into())
+    } else {
+        EnvFilter::builder()
+            .parse(&config.level)
+            .map_err(|error| CliError::with_code(ExitCode::Config, error))?
+    };
+    install(filter, config.format);
+    Ok(())
 }
 
 fn level(args: &LogArgs, usual: LevelFilter) -> LevelFilter {

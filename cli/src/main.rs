@@ -6,15 +6,19 @@
 #![forbid(unsafe_code)]
 
 mod answer; // One answer as it arrives.
+mod batch; // Many answers.
 mod control; // `status`, `drain`, `restart`.
 mod daemon; // A running daemon, through its socket.
 mod error; // Outcome -> message, hint and exit code, in one place.
 mod generate;
+mod local; // A service in this process.
 mod logging;
 mod manual; // `completions` and `man`.
 mod model; // `model info|verify|convert|synth`.
 mod request_args; // The flags that say what to generate.
+mod run;
 mod runtime; // The event loop, and Ctrl-C.
+mod serve;
 mod terminal; // Everything that is written to stdout and stderr.
 
 use bitnetd_proto::exit_code::ExitCode;
@@ -52,13 +56,25 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  bitnetd completions bash > ~/.local/share/bash-completion/completions/bitnetd
+  bitnetd run -p \"Once upon a time\"              a story; no model and no set-up needed
+  bitnetd run -m model.gguf --chat -p \"Hello\"    your own model
+  bitnetd batch prompts.txt -o answers.jsonl      many prompts
+  bitnetd serve &                                 the daemon; then:
+  bitnetd generate -p \"Once upon a time\"
+  bitnetd status
+`bitnetd COMMAND --help` says more.
 
 Exit codes: 0 ok, 1 failed, 64 wrong command line, 65 bad data, 66 no such input, 69 daemon unavailable,
 70 bug, 71 operating system, 75 try again later, 77 not permitted, 78 bad configuration, 130 interrupted.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Get one answer with every core, streamed to stdout; needs no daemon and no model file
+    Run(Box<run::RunArgs>),
+    /// Answer many prompts, several at a time; goes on where it stopped
+    Batch(Box<batch::BatchArgs>),
+    /// Run the daemon: workers, their supervisor, and a socket for clients
+    Serve(serve::ServeArgs),
     /// Get one answer from the daemon, streamed to stdout
     Generate(Box<generate::GenerateArgs>),
     /// Show how the daemon is: health, model, workers, counters
@@ -76,8 +92,13 @@ enum Command {
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
-    logging::init(&cli.log);
+    if !matches!(cli.command, Command::Serve(_)) {
+        logging::init(&cli.log);
+    }
     match cli.command {
+        Command::Run(args) => run::main(&args, &cli.log),
+        Command::Batch(args) => batch::main(&args, &cli.log),
+        Command::Serve(args) => serve::main(&args, &cli.log),
         Command::Generate(args) => generate::main(&args),
         Command::Status(args) => control::status(&args),
         Command::Drain(args) => control::drain(&args),

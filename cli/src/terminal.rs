@@ -2,6 +2,8 @@
 
 use std::io::{self, Write as _};
 
+use bitnetd_proto::limits::MAX_TOKENS_MAX;
+use indicatif::ProgressBar;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::CliError;
@@ -9,6 +11,12 @@ use crate::error::CliError;
 /// Says a line to the user, on stderr.
 pub(crate) fn say(line: &str) {
     ignore_closed(writeln!(io::stderr().lock(), "{line}"));
+}
+
+/// Shows the prompt in front of its continuation, for a person who sees stdout and stderr on one screen.
+pub(crate) fn echo_prompt(prompt: &str) {
+    let mut stderr = io::stderr().lock();
+    ignore_closed(write!(stderr, "{prompt}").and_then(|()| stderr.flush()));
 }
 
 /// Writes data to stdout, whole, and flushes it.
@@ -30,18 +38,18 @@ pub(crate) struct Printer {
     outcome: oneshot::Receiver<Result<(), CliError>>,
 }
 
-/// Pieces of text that may wait for a slow reader.
-const PRINTER_QUEUE_LEN_MAX: usize = 64;
+/// Pieces of text that may wait for a slow reader: an answer fits, so that a pager never holds up a job.
+const PRINTER_QUEUE_LEN_MAX: usize = MAX_TOKENS_MAX as usize;
 
 impl Printer {
-    /// Starts the thread.
-    pub(crate) fn start() -> Result<Self, CliError> {
+    /// Starts the thread; a progress bar is taken off the screen for each write.
+    pub(crate) fn start(bar: ProgressBar) -> Result<Self, CliError> {
         let (texts, mut queue) = mpsc::channel::<String>(PRINTER_QUEUE_LEN_MAX);
         let (tell, outcome) = oneshot::channel();
         let print_all = move || {
             let mut result = Ok(());
             while let (Ok(()), Some(text)) = (&result, queue.blocking_recv()) {
-                result = put(text.as_bytes());
+                result = bar.suspend(|| put(text.as_bytes()));
             }
             drop(queue); // From here on `put` fails.
             drop(tell.send(result));

@@ -1,0 +1,92 @@
+//! `bitnetd run`: one answer with every core, streamed to stdout. Needs no daemon, and no model file.
+
+use std::io::IsTerminal as _;
+
+use bitnetd_config::{Config, QueueConfig};
+use bitnetd_proto::exit_code::ExitCode;
+use clap::Args;
+
+use crate::answer::{self, Answer, Collector};
+use crate::error::CliError;
+use crate::local::{self, Local, ModelArgs};
+use crate::logging::LogArgs;
+use crate::request_args::{GenerationArgs, PromptArgs};
+use crate::runtime;
+use crate::terminal;
+
+/// `bitnetd run`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bitnetd run -p \"Once upon a time\"                     a story from the built-in model
+  bitnetd run -p \"Once upon a time\" --temp 0.8 -s 7     another one; the same for each run with seed 7
+  bitnetd run -m model.gguf --chat -p \"Who are you?\"    a chat model
+  bitnetd run -m model.gguf -f prompt.txt -n 512 --json | jq .text
+  bitnetd run -m model.gguf -f - -q < prompt.txt > answer.txt")]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Print one JSON object at the end instead of the text as it comes
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    #[command(flatten)]
+    generation: GenerationArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Compute threads, one pinned to each CPU; without it, every usable CPU gets one
+    #[arg(short, long, value_name = "N", value_parser = parse_count, help_heading = "Model")]
+    threads: Option<usize>,
+}
+
+/// A number of workers or threads.
+pub(crate) fn parse_count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(count @ 1..=8192) => Ok(count),
+        _ => Err("expected a number from 1 to 8192".to_owned()),
+    }
+}
+
+/// Runs the command.
+pub(crate) fn main(args: &RunArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
+    let prompt = args.prompt.read()?;
+    let request = args.generation.request(prompt.clone())?;
+    let collector = Collector::new(0, prompt.clone(), request.logprobs.is_some());
+    let mut config = Config {
+        split: local::one_worker(args.threads),
+        queue: QueueConfig { max_jobs: 1, max_per_client: 1, ..QueueConfig::default() },
+        ..Config::default()
+    };
+    config.engine.max_batch = 1;
+    args.model.apply(&mut config)?;
+    runtime::block_on(Local::with(config, async |local| {
+        if !log.quiet && !args.json && !args.generation.is_chat() && is_seen_by_a_person() {
+            terminal::echo_prompt(&prompt);
+        }
+        let mut job = local.start(request).await?;
+        let answer = answer::print(&mut job, collector, args.json).await?;
+        if !log.quiet {
+            terminal::say(&closing_line(&local, &answer));
+        }
+        Ok(ExitCode::Ok)
+    }))
+}
+
+/// Whether text and talk meet on one screen.
+fn is_seen_by_a_person() -> bool {
+    std::io::stdout().is_terminal() && std::io::stderr().is_terminal()
+}
+
+fn closing_line(local: &Local, answer: &Answer) -> String {
+    let rate = |rate: Option<f64>| rate.map_or_else(String::new, |rate| format!(" ({rate:.1}/s)"));
+    format!(
+        "[{}; prompt {} tokens{}, answer {} tokens{}, first after {:.2} s; seed {}]",
+        local.describe(),
+        answer.prompt_tokens,
+        rate(answer.prefill_rate()),
+        answer.tokens,
+        rate(answer.decode_rate()),
+        answer.ttft_seconds,
+        answer.seed
+    )
+}

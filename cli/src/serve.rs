@@ -1,0 +1,122 @@
+//! `bitnetd serve`: the daemon. Reads its configuration, starts the workers, takes clients in, and ends in order.
+
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use bitnetd_config::{Config, Environment};
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_supervisor::{Listener, Service};
+use clap::Args;
+
+use crate::batch::SplitArgs;
+use crate::error::CliError;
+use crate::local;
+use crate::logging::{self, LogArgs};
+use crate::runtime::{self, Interrupt};
+
+/// `bitnetd serve`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+It is ready when it logs `ready to serve`. SIGTERM or Ctrl-C: takes nothing new, finishes what it has, ends; a second one: at
+once. Clients: `bitnetd generate`, `bitnetd status`, `bitnetd batch --socket …`.
+
+Examples:
+  bitnetd serve                                               the built-in model on every CPU
+  bitnetd serve -m model.gguf --workers 3 --threads 4 --socket ./bitnetd.sock
+  bitnetd serve -c /etc/bitnetd/bitnetd.toml                  see `bitnetd config example`")]
+pub(crate) struct ServeArgs {
+    /// Configuration file; without it $BITNETD_CONFIG, ~/.config/bitnetd/bitnetd.toml or /etc/bitnetd/bitnetd.toml if
+    /// there is one, else the defaults
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Instead of the configuration's `model.path`
+    #[arg(short, long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// Instead of the configuration's `listen.socket`
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    #[command(flatten)]
+    split: SplitArgs,
+}
+
+/// Runs the command. Sets up logging itself, because the configuration has a say in it.
+pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
+    let environment = Environment::read();
+    let (config, origin) = load(args, &environment)?;
+    logging::init_daemon(log, &config.log)?;
+    match origin {
+        Some(path) => tracing::info!(path = %path.display(), "configuration read"),
+        None => tracing::info!("no configuration file: using the defaults"),
+    }
+    let socket = match &config.listen.socket {
+        Some(path) => path.clone(),
+        None => usual_socket(&environment)?,
+    };
+    runtime::block_on(serve(config, &socket))
+}
+
+/// The place for the socket where nobody names one; its folder is made if it is not there.
+fn usual_socket(environment: &Environment) -> Result<PathBuf, CliError> {
+    let path = environment.server_socket().map_err(|error| {
+        CliError::with_code(ExitCode::Config, error).hint("say where with --socket PATH or `listen.socket`")
+    })?;
+    if let Some(folder) = path.parent() {
+        let mode = if environment.is_root { 0o755 } else { 0o700 };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(folder)
+            .map_err(|source| CliError::file("make the folder of the socket", folder, source))?;
+    }
+    Ok(path)
+}
+
+fn load(args: &ServeArgs, environment: &Environment) -> Result<(Config, Option<PathBuf>), CliError> {
+    let found =
+        || environment.config_files().into_iter().find(|file| environment.config.is_some() || file.is_file());
+    let origin = args.config.clone().or_else(found);
+    let mut config = origin.as_deref().map(Config::load).transpose()?.unwrap_or_default();
+    let absolute =
+        |path: &Path| std::path::absolute(path).map_err(|source| CliError::file("find", path, source));
+    if let Some(model) = &args.model {
+        config.model.path = Some(absolute(model)?);
+    }
+    if let Some(socket) = &args.socket {
+        config.listen.socket = Some(absolute(socket)?);
+    }
+    args.split.apply(&mut config)?;
+    Ok((config, origin))
+}
+
+async fn serve(config: Config, socket: &Path) -> Result<ExitCode, CliError> {
+    let mut interrupt = Interrupt::listen()?; // Before anything announces that it is ready.
+    let listener = Listener::bind(socket, &config.listen)?;
+    let service = Service::start(local::service_spec(config)?).await?;
+    // Clients are let in at once: they can ask for the status, and their jobs wait for the workers.
+    let serving = tokio::spawn(listener.serve(service.clone()));
+    let outcome = tokio::select! {
+        outcome = live(&service, socket) => outcome,
+        () = interrupt.wait() => Ok(()),
+    };
+    if outcome.is_ok() {
+        service.drain().await;
+        tokio::select! {
+            _ = service.stopped() => {}
+            () = interrupt.wait() => tracing::warn!("a second signal: stopping at once"),
+        }
+    }
+    service.stop().await;
+    let code = service.stopped().await;
+    serving.await.map_err(|error| CliError::with_code(ExitCode::Software, error))?;
+    outcome.map(|()| code)
+}
+
+/// From the start of the first worker to the end of the service, for whatever reason it ends.
+async fn live(service: &Service, socket: &Path) -> Result<(), CliError> {
+    let model = service.ready().await?;
+    let (socket, isa) = (socket.display(), &model.isa);
+    tracing::info!(%socket, model = model.name, isa, "ready to serve");
+    service.stopped().await;
+    Ok(())
+}
