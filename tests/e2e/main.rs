@@ -1,0 +1,17 @@
+//! End to end: the real binary with its built-in model, real workers, real sockets, real signals.
+//!
+//! Each test has its own folder and socket. Nothing waits by the clock: `support::wait_for` polls with a deadline.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed unwrap is a failed test"
+)]
+
+mod bad_input; // Every wrong input has its words, its hint and its exit code.
+mod batch; // Many prompts: the same answers with any split, resumed after a kill.
+mod daemon; // `serve` and its clients.
+mod deaths; // Workers and supervisors that are killed.
+mod run; // One answer.
+mod support; // Start, watch, kill.
