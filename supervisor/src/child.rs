@@ -9,7 +9,7 @@
 //!
 //! Invariant: dropping a [`Child`] that was not reaped kills its process group.
 
-#![expect(unsafe_code, reason = "pre_exec and set_mempolicy have no safe form")]
+#![expect(unsafe_code, reason = "pre_exec, close_range and set_mempolicy have no safe form")]
 
 use std::ffi::OsString;
 use std::io;
@@ -224,10 +224,24 @@ impl ChildSetup {
         if getppid() != self.parent {
             return Err(Errno::ESRCH.into()); // The parent died before the line above.
         }
+        close_others_at_exec()?;
         if let Some(cpus) = &self.cpus {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
         self.memory.as_ref().map_or(Ok(()), MemoryPolicy::apply)
+    }
+}
+
+/// Whatever else the supervisor was started with (a shell's stray descriptors, say) is none of a worker's business.
+fn close_others_at_exec() -> io::Result<()> {
+    const FIRST: libc::c_uint = WORKER_IMAGE_FD.unsigned_abs() + 1;
+    // SAFETY: The call takes three numbers and only marks descriptors of this process; none is closed before exec.
+    let result =
+        unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    match Errno::result(result) {
+        // A kernel before 5.11: our own descriptors are marked anyway.
+        Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL | Errno::EPERM) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -4,10 +4,10 @@
 //! probe decides about anything else that may listen there. The lock file stays: removing it would let two
 //! processes hold "the" lock.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -132,7 +132,7 @@ impl Listener {
         let lock = lock_beside(path)?;
         remove_if_dead(path)?;
         let name = path.to_fs_name::<GenericFilePath>().map_err(failed)?;
-        // The mode is set before the file appears, so that nobody slips in between.
+        // The mode holds from the moment the file appears; the umask may have made it stricter until it is set again.
         let LocalListener::UdSocket(socket) = ListenerOptions::new()
             .name(name)
             .mode(config.mode)
@@ -142,6 +142,7 @@ impl Listener {
         let socket = StdUnixListener::from(OwnedFd::from(socket));
         socket.set_nonblocking(true).map_err(failed)?;
         let socket = UnixListener::from_std(socket).map_err(failed)?;
+        std::fs::set_permissions(path, Permissions::from_mode(config.mode)).map_err(failed)?;
         let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
         let identity = (metadata.dev(), metadata.ino());
         tracing::info!(socket = %path.display(), mode = format!("{:04o}", config.mode), "listening");

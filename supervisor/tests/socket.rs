@@ -1,0 +1,119 @@
+//! Taking and giving back the socket, and who may connect.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use bitnetd_config::ListenConfig;
+use bitnetd_proto::client::{Client, ClientError};
+use bitnetd_proto::error::ErrorCode;
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_supervisor::{ListenError, Listener};
+use tokio::task::spawn_blocking;
+
+use crate::support::{Fixture, LONG, end};
+
+fn bind(path: &Path) -> Result<Listener, ListenError> {
+    Listener::bind(path, &ListenConfig::default())
+}
+
+fn folder() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("b.sock");
+    (folder, path)
+}
+
+#[tokio::test]
+async fn the_socket_has_its_mode_and_is_removed_at_the_end() {
+    let (_folder, path) = folder();
+    for mode in [0o600, 0o660, 0o666] {
+        let listener = Listener::bind(&path, &ListenConfig { mode, ..ListenConfig::default() }).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, mode);
+        drop(listener);
+        assert!(!path.exists());
+    }
+}
+
+#[tokio::test]
+async fn a_live_socket_is_never_taken() {
+    let (_folder, path) = folder();
+    let ours = bind(&path).unwrap();
+    let error = bind(&path).unwrap_err();
+    assert!(matches!(error, ListenError::InUse { .. }), "{error}");
+    assert_eq!(error.exit_code(), ExitCode::Temporary);
+    drop(ours);
+    // Someone who knows nothing of lock files.
+    let theirs = UnixListener::bind(&path).unwrap();
+    assert!(matches!(bind(&path), Err(ListenError::InUse { .. })));
+    assert!(path.exists());
+    drop(theirs);
+    drop(bind(&path).expect("a dead socket is taken over"));
+}
+
+#[tokio::test]
+async fn what_is_not_ours_is_not_removed() {
+    let (_folder, path) = folder();
+    let listener = bind(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let theirs = UnixListener::bind(&path).unwrap();
+    drop(listener);
+    assert!(path.exists(), "the other's socket was removed");
+    drop(theirs);
+}
+
+#[tokio::test]
+async fn bad_places_are_named() {
+    let (folder, path) = folder();
+    std::fs::write(&path, "precious").unwrap();
+    assert!(matches!(bind(&path), Err(ListenError::NotASocket { .. })));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    assert!(matches!(bind(&folder.path().join("no/b.sock")), Err(ListenError::NoFolder { .. })));
+    let too_long = folder.path().join("x".repeat(150));
+    let error = bind(&too_long).unwrap_err();
+    assert_eq!(error.exit_code(), ExitCode::Config, "{error}");
+}
+
+#[tokio::test]
+async fn a_peer_that_is_not_on_the_list_is_told_so() {
+    let fixture = Fixture::new(1, &[]);
+    let service = fixture.ready().await;
+    let path = fixture.folder.path().join("b.sock");
+    let config = ListenConfig { allow_uids: vec![4_000_000], ..ListenConfig::default() };
+    let serving = tokio::spawn(Listener::bind(&path, &config).unwrap().serve(service.clone()));
+    let socket = path.clone();
+    let refused = spawn_blocking(move || Client::connect(&socket, "test", LONG)).await.unwrap().unwrap_err();
+    match &refused {
+        ClientError::Refused(error) => assert_eq!(error.code, ErrorCode::PermissionDenied, "{error}"),
+        other => panic!("{other:?}"),
+    }
+    end(service).await;
+    serving.await.unwrap();
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn connections_are_limited_and_places_are_given_back() {
+    let fixture = Fixture::new(1, &[]);
+    let service = fixture.ready().await;
+    let path = fixture.folder.path().join("b.sock");
+    let config = ListenConfig { max_connections: 2, ..ListenConfig::default() };
+    let serving = tokio::spawn(Listener::bind(&path, &config).unwrap().serve(service.clone()));
+    spawn_blocking(move || {
+        let connect = || Client::connect(&path, "test", LONG);
+        let (first, _second) = (connect().unwrap(), connect().unwrap());
+        match connect() {
+            Err(ClientError::Refused(error)) => assert_eq!(error.code, ErrorCode::Overloaded, "{error}"),
+            other => panic!("{other:?}"),
+        }
+        drop(first);
+        let end = std::time::Instant::now() + LONG;
+        while connect().is_err() {
+            assert!(std::time::Instant::now() < end, "the place was not given back");
+            std::thread::yield_now();
+        }
+    })
+    .await
+    .unwrap();
+    end(service).await;
+    serving.await.unwrap();
+}
