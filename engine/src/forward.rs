@@ -98,7 +98,7 @@ impl Forward {
     ///
     /// # Panics
     /// If there are more rows than allocated for, or a row is out of the vocabulary or of its pages.
-    pub fn run(&mut self, rows: &[Row<'_>], kv: &mut KvCache) -> &mut [f32] {
+    pub fn run(&mut self, rows: &[Row<'_>], kv: &mut KvCache) -> &[f32] {
         let model = Arc::clone(&self.model);
         self.embed(&model, rows);
         self.state.positions.clear();
@@ -192,7 +192,7 @@ impl Forward {
     }
 
     /// logits = output · rmsnorm(x), for the rows that want them
-    fn head(&mut self, model: &Model, rows: &[Row<'_>]) -> &mut [f32] {
+    fn head(&mut self, model: &Model, rows: &[Row<'_>]) -> &[f32] {
         let HyperParams { n_embd, n_vocab, rms_eps, .. } = *model.hparams();
         let s = &mut self.state;
         let mut n = 0;

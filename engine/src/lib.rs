@@ -8,6 +8,7 @@
 pub mod chat; // Conversations as prompts.
 pub mod convert; // Makes model files.
 pub mod dense; // Float and block-quantised matrices: layouts, conversion.
+pub mod engine; // Continuous batching: the step loop's other half.
 pub mod forward; // The graph.
 pub mod gguf; // Model files: bounded zero-copy reader, streaming writer.
 pub mod head; // The output head in four bits, which finds the rows worth computing.
@@ -18,5 +19,9 @@ pub mod mapping; // Bytes of a model, shared read-only by all who map them.
 pub mod model; // Hyper-parameters and weights of a file.
 pub mod pool; // Which threads compute it.
 pub mod sampler; // Which token comes next.
+pub mod sequence; // One answer in the making.
 pub mod ternary; // How ternary weights are stored.
 pub mod tokenizer; // Text to token ids and back.
+
+pub use engine::{Engine, EngineError, EngineOptions, EngineStats, SubmitError};
+pub use sequence::EngineEvent;

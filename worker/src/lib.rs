@@ -1,1 +1,49 @@
-//! placeholder
+//! The worker process: one model, one set of CPUs, one link to the supervisor.
+//!
+//! It inherits everything it needs (the link and the model image as open files, its CPU affinity and memory policy
+//! from before `exec`), says [`FromWorker::Ready`] when it can take jobs, and serves until the link closes or it is
+//! told to drain. It opens no file and no socket of its own.
+//!
+//! Threads: the main thread is compute thread 0 and runs the step loop; a reader thread turns frames into commands.
+//! Events are written by the step loop itself: the supervisor always reads.
+
+mod inherited; // The open files that come with the process.
+mod job; // Between the wire's words and the engine's.
+mod link; // Frames in, frames out.
+mod startup; // From a handshake to an engine.
+mod step_loop; // Commands in, steps, events out.
+
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::worker_link::FromWorker;
+
+use crate::link::Link;
+use crate::startup::StartError;
+
+/// Runs a worker to its end.
+#[must_use]
+pub fn run() -> ExitCode {
+    let (link, image) = match inherited::take() {
+        Ok(inherited) => inherited,
+        Err(error) => {
+            tracing::error!(%error, "this is an internal command of bitnetd; it is started by the supervisor only");
+            return ExitCode::Usage;
+        }
+    };
+    let mut link = Link::new(link);
+    let engine = startup::handshake(&mut link).and_then(|setup| startup::start(&setup, image, &mut link));
+    match engine {
+        Ok(engine) => step_loop::run(engine, link),
+        // The supervisor went away before it had said anything: nobody is there to be told.
+        Err(StartError::LinkClosed) => ExitCode::Ok,
+        Err(error) => {
+            let exit_code = error.exit_code();
+            let wire = error.to_wire();
+            tracing::error!(error = %wire.message, "cannot start");
+            // If the link is gone too, the exit code still tells.
+            if let Err(error) = link.send(&FromWorker::StartFailed { error: wire, exit_code }) {
+                tracing::debug!(%error, "nobody is listening");
+            }
+            exit_code
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! Continuous batching: sequences come and go, one step moves all of them on.
+//!
+//! Single-threaded towards the caller: one thread calls [`Engine::step`] again and again and owns everything; the
+//! pool's threads only compute inside a step. Decoding sequences give one row each to a step; prompts
+//! fill it up in chunks, sized so that a step stays short and nobody who decodes waits long for somebody's prompt.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::forward::{Forward, ForwardLimits, Row};
+use crate::kernels::KernelSet;
+use crate::kv::{KvCache, KvShape, PagePool, pages_for};
+use crate::model::Model;
+use crate::pool::{PoolError, PoolOptions, ThreadPool, Wait};
+use crate::sampler::{SamplerScratch, SamplingError};
+use crate::sequence::{EngineEvent, Sequence, SequenceId, SequenceRequest};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+/// How long a step with prompt tokens should take: a heartbeat must fit between steps, and so must the next token of
+/// every decoding sequence.
+const STEP_TARGET: Duration = Duration::from_millis(300);
+/// Prompt tokens in a step before the speed of this machine is known.
+const FIRST_CHUNK: usize = 8;
+
+/// Sizes and placement of an engine.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// One compute thread for each entry, pinned to the CPU if there is one. Thread 0 is the one that calls `step`.
+    pub cpus: Vec<Option<u32>>,
+    /// How threads wait for each other.
+    pub wait: Wait,
+    /// Start of the names of the threads.
+    pub thread_name: String,
+    /// Which kernels.
+    pub kernels: KernelSet,
+    /// Context window; `None` takes the model's.
+    pub n_ctx: Option<usize>,
+    /// Sequences worked on together.
+    pub max_batch: usize,
+    /// Prompt tokens in one step, at most.
+    pub prefill_chunk: usize,
+}
+
+/// Why an engine cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The context window asked for is longer than the model's.
+    #[error("a context of {asked} tokens was asked for, the model has {model}")]
+    ContextTooLong {
+        /// Asked for.
+        asked: usize,
+        /// Of the model.
+        model: usize,
+    },
+    /// A size is zero.
+    #[error("`{0}` must be at least 1")]
+    Zero(&'static str),
+    /// The vocabulary cannot be used.
+    #[error("cannot read the tokenizer")]
+    Tokenizer(#[source] TokenizerError),
+    /// The vocabulary has more tokens than the embedding has rows.
+    #[error("the tokenizer has {tokens} tokens, the embedding only {rows} rows")]
+    VocabularySize {
+        /// Tokens.
+        tokens: usize,
+        /// Rows.
+        rows: usize,
+    },
+    /// The threads cannot be started or pinned.
+    #[error("cannot start the compute threads")]
+    Pool(#[source] PoolError),
+}
+
+/// Why a sequence is not taken.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SubmitError {
+    /// There is nothing to continue.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// The prompt leaves no room for an answer.
+    #[error("the prompt has {prompt} tokens, the context window {n_ctx}")]
+    ContextExceeded {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Context window.
+        n_ctx: usize,
+    },
+    /// A token id is out of the vocabulary.
+    #[error("token id {token} is out of the vocabulary of {n_vocab}")]
+    UnknownToken {
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        n_vocab: usize,
+    },
+    /// A sampling parameter means nothing.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+    /// A sequence of this name is on board.
+    #[error("sequence {0} is already there")]
+    DuplicateId(SequenceId),
+}
+
+/// Counters since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct EngineStats {
+    /// Steps taken.
+    pub steps: u64,
+    /// Prompt tokens processed.
+    pub prefill_tokens: u64,
+    /// Tokens generated.
+    pub decode_tokens: u64,
+    /// Time in steps that processed prompts.
+    pub prefill: Duration,
+    /// Time in steps that only decoded.
+    pub decode: Duration,
+}
+
+/// A model, its threads and the sequences on board.
+#[derive(Debug)]
+pub struct Engine {
+    forward: Forward,
+    tokenizer: Arc<Tokenizer>,
+    kv: KvCache,
+    pages: PagePool,
+    waiting: VecDeque<Sequence>, // Taken, not yet started: no slot or no pages are free.
+    running: Vec<Sequence>,      // In order of admission.
+    n_ctx: usize,
+    max_batch: usize,
+    chunk: ChunkSize,
+    sampling: SamplerScratch,
+    stats: EngineStats,
+}
+
+impl Engine {
+    /// Starts the threads and allocates everything that steps will need. Call it on the thread that will step.
+    ///
+    /// # Errors
+    /// [`EngineError`] says which option, or which part of the model, does not fit.
+    pub fn new(model: Arc<Model>, options: EngineOptions) -> Result<Self, EngineError> {
+        let hparams = model.hparams();
+        let n_ctx = options.n_ctx.unwrap_or(hparams.n_ctx);
+        if n_ctx > hparams.n_ctx {
+            return Err(EngineError::ContextTooLong { asked: n_ctx, model: hparams.n_ctx });
+        }
+        for (name, size) in
+            [("ctx", n_ctx), ("max_batch", options.max_batch), ("prefill_chunk", options.prefill_chunk)]
+        {
+            if size == 0 {
+                return Err(EngineError::Zero(name));
+            }
+        }
+        let tokenizer = Tokenizer::from_gguf(model.gguf()).map_err(EngineError::Tokenizer)?;
+        if tokenizer.n_vocab() > hparams.n_vocab {
+            return Err(EngineError::VocabularySize { tokens: tokenizer.n_vocab(), rows: hparams.n_vocab });
+        }
+        let pool = PoolOptions { cpus: options.cpus, wait: options.wait, name: options.thread_name };
+        let pool = ThreadPool::new(pool).map_err(EngineError::Pool)?;
+        let n_pages = options.max_batch * pages_for(n_ctx);
+        let kv = KvCache::new(KvShape {
+            n_layers: hparams.n_layers,
+            n_kv_heads: hparams.n_kv_heads,
+            head_dim: hparams.head_dim,
+            n_pages,
+        });
+        let limits = ForwardLimits {
+            n_rows_max: options.max_batch + options.prefill_chunk,
+            n_logits_max: options.max_batch,
+            n_ctx,
+        };
+        Ok(Self {
+            forward: Forward::new(model, options.kernels, pool, limits),
+            tokenizer: Arc::new(tokenizer),
+            kv,
+            pages: PagePool::new(n_pages),
+            waiting: VecDeque::new(),
+            running: Vec::with_capacity(options.max_batch),
+            n_ctx,
+            max_batch: options.max_batch,
+            chunk: ChunkSize::new(options.prefill_chunk),
+            sampling: SamplerScratch::default(),
+            stats: EngineStats::default(),
+        })
+    }
+
+    /// The model that is run.
+    #[must_use]
+    pub fn model(&self) -> &Arc<Model> {
+        self.forward.model()
+    }
+
+    /// Its tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    /// The kernels in use.
+    #[must_use]
+    pub fn kernels(&self) -> KernelSet {
+        self.forward.kernels()
+    }
+
+    /// Context window in tokens.
+    #[must_use]
+    pub fn n_ctx(&self) -> usize {
+        self.n_ctx
+    }
+
+    /// Counters since the start.
+    #[must_use]
+    pub fn stats(&self) -> EngineStats {
+        self.stats
+    }
+
+    /// Sequences on board.
+    #[must_use]
+    pub fn n_sequences(&self) -> usize {
+        self.waiting.len() + self.running.len()
+    }
+
+    /// The KV cache.
+    #[must_use]
+    pub fn kv(&self) -> &KvCache {
+        &self.kv
+    }
+
+    /// Pages of the KV cache that a new sequence could get.
+    #[must_use]
+    pub fn n_pages_available(&self) -> usize {
+        self.pages.n_available()
+    }
+
+    /// Tokens in the KV cache.
+    #[must_use]
+    pub fn n_kv_tokens(&self) -> usize {
+        self.running.iter().map(|sequence| sequence.n_stored).sum()
+    }
+
+    /// True if a step would do nothing.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.n_sequences() == 0
+    }
+
+    /// Takes a sequence on board. Steps report its tokens under `id`.
+    ///
+    /// # Errors
+    /// [`SubmitError`] if it can never run; nothing is taken then.
+    pub fn submit(&mut self, id: SequenceId, request: SequenceRequest) -> Result<(), SubmitError> {
+        let n_vocab = self.model().hparams().n_vocab;
+        if request.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if request.prompt.len() >= self.n_ctx {
+            return Err(SubmitError::ContextExceeded { prompt: request.prompt.len(), n_ctx: self.n_ctx });
+        }
+        if let Some(token) = request.prompt.iter().chain(&request.resume).find(|t| **t as usize >= n_vocab) {
+            return Err(SubmitError::UnknownToken { token: *token, n_vocab });
+        }
+        if self.running.iter().chain(&self.waiting).any(|sequence| sequence.id == id) {
+            return Err(SubmitError::DuplicateId(id));
+        }
+        self.waiting.push_back(Sequence::new(id, request, self.n_ctx, n_vocab)?);
+        Ok(())
+    }
+
+    /// Gives a sequence up and frees its memory. False if it is not on board.
+    pub fn cancel(&mut self, id: SequenceId) -> bool {
+        if let Some(index) = self.waiting.iter().position(|sequence| sequence.id == id) {
+            self.waiting.remove(index);
+            return true;
+        }
+        let Some(index) = self.running.iter().position(|sequence| sequence.id == id) else { return false };
+        let mut sequence = self.running.remove(index);
+        self.pages.release(&mut sequence.pages);
+        true
+    }
+
+    /// Moves every sequence on by a token, or a prompt by a chunk, and appends what happened to `events`.
+    pub fn step(&mut self, events: &mut Vec<EngineEvent>) {
+        self.admit(events);
+        if self.running.is_empty() {
+            return;
+        }
+        let begun = Instant::now();
+        let n_vocab = self.model().hparams().n_vocab;
+        let (rows, taken) = plan(&self.running, self.chunk.rows());
+        let n_rows = rows.len();
+        let mut logits = self.forward.run(&rows, &mut self.kv).chunks_exact(n_vocab);
+        drop(rows);
+        let mut n_decoded = 0;
+        let mut ended = Vec::new();
+        for taken in &taken {
+            let sequence = &mut self.running[taken.sequence];
+            sequence.n_stored += taken.n_rows;
+            if taken.is_prefill && taken.is_complete {
+                self.pages.publish(&sequence.history, sequence.n_stored, &sequence.pages);
+            }
+            let Some(logits) = taken.is_complete.then(|| logits.next()).flatten() else { continue };
+            n_decoded += 1;
+            if let Some(reason) = sequence.advance(logits, &self.tokenizer, &mut self.sampling, events) {
+                events.push(EngineEvent::Finished { id: sequence.id, summary: sequence.summary(reason) });
+                ended.push(taken.sequence);
+            }
+        }
+        for index in ended.into_iter().rev() {
+            let mut sequence = self.running.remove(index);
+            self.pages.publish(&sequence.history, sequence.n_stored, &sequence.pages);
+            self.pages.release(&mut sequence.pages);
+        }
+        self.account(n_rows, n_decoded, &taken, begun.elapsed());
+    }
+
+    /// Starts waiting sequences while there is room for them.
+    fn admit(&mut self, events: &mut Vec<EngineEvent>) {
+        while self.running.len() < self.max_batch {
+            let Some(mut sequence) = self.waiting.pop_front() else { return };
+            if let Some(reason) = sequence.replay(&self.tokenizer) {
+                events.push(EngineEvent::Finished { id: sequence.id, summary: sequence.summary(reason) });
+                continue;
+            }
+            let n_tokens = sequence.n_history_max;
+            let Some(n_cached) = self.pages.acquire(&sequence.history, n_tokens, &mut sequence.pages) else {
+                self.waiting.push_front(sequence);
+                return;
+            };
+            sequence.start_at(n_cached);
+            self.running.push(sequence);
+        }
+    }
+
+    fn account(&mut self, n_rows: usize, n_decoded: usize, taken: &[Taken], elapsed: Duration) {
+        let n_prefill: usize = taken.iter().filter(|taken| taken.is_prefill).map(|taken| taken.n_rows).sum();
+        self.stats.steps += 1;
+        self.stats.prefill_tokens += n_prefill as u64;
+        self.stats.decode_tokens += n_decoded as u64;
+        if n_prefill > 0 {
+            self.stats.prefill += elapsed;
+            self.chunk.observe(n_rows, elapsed);
+        } else {
+            self.stats.decode += elapsed;
+        }
+    }
+}
+
+/// What a step takes from one sequence.
+#[derive(Debug)]
+struct Taken {
+    sequence: usize, // Index in `running`.
+    n_rows: usize,
+    is_prefill: bool,
+    is_complete: bool, // The last token of the history is among the rows, so there are logits.
+}
+
+/// Chooses the rows of a step: one for each decoding sequence, and `chunk` prompt tokens in order of admission.
+fn plan(running: &[Sequence], chunk: usize) -> (Vec<Row<'_>>, Vec<Taken>) {
+    let mut rows = Vec::with_capacity(running.len() + chunk);
+    let mut all_taken = Vec::with_capacity(running.len());
+    let mut budget = chunk;
+    for (index, sequence) in running.iter().enumerate() {
+        let is_prefill = sequence.n_stored < sequence.n_prompt || sequence.n_waiting() > 1;
+        let n_rows = if is_prefill { sequence.n_waiting().min(budget) } else { 1 };
+        if n_rows == 0 {
+            continue;
+        }
+        if is_prefill {
+            budget -= n_rows;
+        }
+        let is_complete = n_rows == sequence.n_waiting();
+        let first = sequence.n_stored;
+        for position in first..first + n_rows {
+            rows.push(Row {
+                token: sequence.history[position],
+                position: u32::try_from(position).unwrap_or(u32::MAX),
+                pages: &sequence.pages,
+                wants_logits: is_complete && position + 1 == sequence.history.len(),
+            });
+        }
+        all_taken.push(Taken { sequence: index, n_rows, is_prefill, is_complete });
+    }
+    (rows, all_taken)
+}
+
+/// How many prompt tokens fit in a step of [`STEP_TARGET`] on this machine, learnt from the steps so far.
+#[derive(Debug)]
+struct ChunkSize {
+    max: usize,
+    row_seconds: Option<f64>,
+}
+
+impl ChunkSize {
+    fn new(max: usize) -> Self {
+        Self { max, row_seconds: None }
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a positive number of rows, clamped right after"
+    )]
+    fn rows(&self) -> usize {
+        let rows = self.row_seconds.map_or(FIRST_CHUNK, |row| (STEP_TARGET.as_secs_f64() / row) as usize);
+        rows.clamp(1, self.max)
+    }
+
+    fn observe(&mut self, n_rows: usize, elapsed: Duration) {
+        let row = (elapsed.as_secs_f64() / n_rows.max(1) as f64).max(1e-9);
+        self.row_seconds = Some(self.row_seconds.map_or(row, |old| 0.5 * (old + row)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_grow_on_a_fast_machine_and_shrink_on_a_slow_one() {
+        let mut chunk = ChunkSize::new(256);
+        assert_eq!(chunk.rows(), FIRST_CHUNK);
+        chunk.observe(8, Duration::from_millis(1));
+        assert_eq!(chunk.rows(), 256);
+        for _ in 0..20 {
+            chunk.observe(1, Duration::from_secs(2));
+        }
+        assert_eq!(chunk.rows(), 1);
+    }
+}

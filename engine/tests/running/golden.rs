@@ -1,0 +1,131 @@
+//! Logits against transformers' `BitNetForCausalLM`; `tests/golden/README.md` says how they were made.
+//!
+//! Bit-equality cannot be asked for: transformers rounds elsewhere in the last bits, a last bit can flip an int8
+//! activation by a whole step, and everything after it moves. The same README measures how far: the bounds below are
+//! of that size, and the root mean square, which such flips move little, is held much tighter.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bitnetd_engine::convert::huggingface::{self, HuggingFaceOptions};
+use bitnetd_engine::dense::DenseFormat;
+use bitnetd_engine::forward::{Forward, ForwardLimits, Row};
+use bitnetd_engine::gguf::Gguf;
+use bitnetd_engine::kernels::KernelSet;
+use bitnetd_engine::kv::{KvCache, KvShape, pages_for};
+use bitnetd_engine::mapping::Mapping;
+use bitnetd_engine::model::Model;
+use bitnetd_engine::pool::{PoolOptions, ThreadPool};
+use serde::Deserialize;
+
+use crate::support::story_model;
+
+#[derive(Deserialize)]
+struct Golden {
+    n_vocab: usize,
+    prompts: Vec<GoldenPrompt>,
+}
+
+#[derive(Deserialize)]
+struct GoldenPrompt {
+    name: String,
+    ids: Vec<u32>,
+    top_f16_kv: Vec<Vec<(u32, f32)>>,
+    full: Vec<(usize, usize, usize)>,
+}
+
+/// How far logits may be from transformers' ones.
+struct Bounds {
+    max: f64,
+    rms: f64,
+}
+
+fn golden_dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden")
+}
+
+/// Logits after every token of a prompt, (tokens, n_vocab).
+fn logits(model: &Arc<Model>, tokens: &[u32]) -> Vec<f32> {
+    let hparams = model.hparams();
+    let n = tokens.len();
+    let pool = ThreadPool::new(PoolOptions::unpinned(1)).unwrap();
+    let limits = ForwardLimits { n_rows_max: n, n_logits_max: n, n_ctx: hparams.n_ctx };
+    let mut forward = Forward::new(Arc::clone(model), KernelSet::detect(), pool, limits);
+    let mut kv = KvCache::new(KvShape {
+        n_layers: hparams.n_layers,
+        n_kv_heads: hparams.n_kv_heads,
+        head_dim: hparams.head_dim,
+        n_pages: pages_for(n),
+    });
+    let pages: Vec<u32> = (0..u32::try_from(pages_for(n)).unwrap()).collect();
+    let rows: Vec<Row<'_>> = tokens
+        .iter()
+        .zip(0..)
+        .map(|(token, position)| Row { token: *token, position, pages: &pages, wants_logits: true })
+        .collect();
+    forward.run(&rows, &mut kv).to_vec()
+}
+
+fn compare(model: &Arc<Model>, name: &str, bounds: &Bounds) {
+    let json = std::fs::read_to_string(golden_dir().join(format!("logits_{name}.json"))).unwrap();
+    let golden: Golden = serde_json::from_str(&json).unwrap();
+    let rows = std::fs::read(golden_dir().join(format!("logits_{name}.bin"))).unwrap();
+    let rows: Vec<f32> = rows.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    for prompt in &golden.prompts {
+        let logits = logits(model, &prompt.ids);
+        let ours = |position: usize| &logits[position * golden.n_vocab..][..golden.n_vocab];
+        let (mut max, mut sum_sq, mut n) = (0.0_f64, 0.0_f64, 0_u32);
+        for (position, _, row) in &prompt.full {
+            for (ours, theirs) in ours(*position).iter().zip(&rows[row * golden.n_vocab..][..golden.n_vocab])
+            {
+                let difference = f64::from(*ours) - f64::from(*theirs);
+                max = max.max(difference.abs());
+                sum_sq += difference * difference;
+                n += 1;
+            }
+        }
+        let rms = (sum_sq / f64::from(n)).sqrt();
+        println!("{name}/{}: maxdiff {max:.4}, rms {rms:.4} over {n} logits", prompt.name);
+        assert!(max <= bounds.max, "{name}/{}: maxdiff {max} > {}", prompt.name, bounds.max);
+        assert!(rms <= bounds.rms, "{name}/{}: rms {rms} > {}", prompt.name, bounds.rms);
+        let mut n_swapped = 0_usize;
+        for (position, top) in prompt.top_f16_kv.iter().enumerate() {
+            let best = |a: &(usize, &f32), b: &(usize, &f32)| a.1.total_cmp(b.1).then(b.0.cmp(&a.0));
+            let (argmax, _) = ours(position).iter().enumerate().max_by(best).unwrap();
+            assert_eq!(
+                argmax, top[0].0 as usize,
+                "{name}/{} position {position}, theirs {top:?}",
+                prompt.name
+            );
+        }
+        assert!(
+            n_swapped <= prompt.ids.len() / 50 + 1,
+            "{name}/{}: {n_swapped} best tokens differ",
+            prompt.name
+        );
+    }
+}
+
+fn converted(checkpoint: &Path) -> Arc<Model> {
+    let dir = tempfile::tempdir().unwrap();
+    let gguf = dir.path().join("model.gguf");
+    let options = HuggingFaceOptions { name: None, embedding: DenseFormat::F16 };
+    huggingface::convert(checkpoint, &gguf, &options, &mut |_| {}).unwrap();
+    let mapping = Mapping::open(&gguf).unwrap();
+    Arc::new(Model::load(Arc::new(Gguf::parse(Arc::new(mapping)).unwrap())).unwrap())
+}
+
+#[test]
+fn story_model_agrees_with_transformers() {
+    compare(&story_model(), "story", &Bounds { max: 0.15, rms: 0.03 });
+}
+
+#[test]
+fn a_random_model_agrees_with_transformers() {
+    compare(&converted(&golden_dir().join("tiny")), "tiny", &Bounds { max: 0.7, rms: 0.12 });
+}
+
+#[test]
+fn packed_weights_agree_with_transformers() {
+    compare(&converted(&golden_dir().join("tiny-packed")), "tiny_packed", &Bounds { max: 0.7, rms: 0.12 });
+}

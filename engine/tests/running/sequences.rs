@@ -1,0 +1,89 @@
+//! Sequences come, wait, are cancelled and end; their memory comes back.
+
+use bitnetd_engine::SubmitError;
+use bitnetd_engine::sampler::SamplingParams;
+use bitnetd_engine::sequence::FinishReason;
+
+use crate::support::{Setting, engine, request, run, story_model};
+
+#[test]
+fn what_can_never_run_is_refused() {
+    let model = story_model();
+    let mut engine = engine(&model, &Setting::default());
+    let mut bad = request(&engine, "x", 4, SamplingParams::default());
+    bad.prompt.clear();
+    assert_eq!(engine.submit(1, bad.clone()), Err(SubmitError::EmptyPrompt));
+    bad.prompt = vec![5; engine.n_ctx()];
+    assert_eq!(engine.submit(1, bad.clone()), Err(SubmitError::ContextExceeded { prompt: 256, n_ctx: 256 }));
+    bad.prompt = vec![0, 4096];
+    assert_eq!(engine.submit(1, bad), Err(SubmitError::UnknownToken { token: 4096, n_vocab: 4096 }));
+    let good = request(&engine, "x", 4, SamplingParams::default());
+    engine.submit(1, good.clone()).unwrap();
+    assert_eq!(engine.submit(1, good), Err(SubmitError::DuplicateId(1)));
+    assert_eq!(engine.n_sequences(), 1);
+}
+
+#[test]
+fn the_context_window_ends_an_answer() {
+    let model = story_model();
+    let mut engine = engine(&model, &Setting::default());
+    let mut request = request(&engine, "Once", 10_000, SamplingParams::default());
+    request.ignore_eos = true;
+    request.prompt = [request.prompt, vec![300; 250]].concat();
+    let room = engine.n_ctx() - request.prompt.len();
+    engine.submit(3, request).unwrap();
+    let (answer, _) = run(&mut engine).remove(&3).unwrap();
+    assert_eq!(answer.end, Some((FinishReason::Length, room)));
+}
+
+#[test]
+fn a_stop_string_ends_an_answer_and_is_not_part_of_it() {
+    let model = story_model();
+    let mut engine = engine(&model, &Setting::default());
+    let plain = request(&engine, "Once upon a time", 60, SamplingParams::default());
+    engine.submit(1, plain.clone()).unwrap();
+    let (calm, _) = run(&mut engine).remove(&1).unwrap();
+    let middle = calm.text.char_indices().nth(40).unwrap().0;
+    let stop = &calm.text[middle..middle + 9];
+    let stopped = bitnetd_engine::sequence::SequenceRequest { stop: vec![stop.to_owned()], ..plain };
+    engine.submit(1, stopped).unwrap();
+    let (answer, _) = run(&mut engine).remove(&1).unwrap();
+    assert_eq!(answer.end.unwrap().0, FinishReason::Stop);
+    assert_eq!(answer.text, calm.text[..calm.text.find(stop).unwrap()]);
+}
+
+#[test]
+fn more_sequences_than_fit_take_turns_and_cancelled_ones_give_their_pages_back() {
+    let model = story_model();
+    let mut engine = engine(&model, &Setting { max_batch: 2, ..Setting::default() });
+    let n_free = engine.n_pages_available();
+    for id in 0..5 {
+        let request = request(&engine, "Tom had a ball", 20, SamplingParams::default());
+        engine.submit(id, request).unwrap();
+    }
+    let mut events = Vec::new();
+    engine.step(&mut events);
+    assert!(engine.cancel(0), "a running one");
+    assert!(engine.cancel(4), "a waiting one");
+    assert!(!engine.cancel(4), "only once");
+    let answers = run(&mut engine);
+    assert_eq!(answers.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(answers.values().all(|(answer, _)| answer.text == answers[&1].0.text));
+    assert_eq!(engine.n_pages_available(), n_free);
+}
+
+#[test]
+fn a_prompt_that_comes_again_is_read_from_the_cache_and_answers_the_same() {
+    let model = story_model();
+    let mut engine = engine(&model, &Setting::default());
+    let text = "Tom and his mom went to the park. They saw a big tree. ".repeat(4);
+    let request = request(&engine, &text, 12, SamplingParams::default());
+    assert!(request.prompt.len() > 40, "long enough for a page");
+    engine.submit(1, request.clone()).unwrap();
+    let (first, summary) = run(&mut engine).remove(&1).unwrap();
+    assert_eq!(summary.n_cached, 0);
+    engine.submit(2, request).unwrap();
+    let (second, summary) = run(&mut engine).remove(&2).unwrap();
+    assert!(summary.n_cached >= 32, "{summary:?}");
+    assert_eq!(second, first);
+}

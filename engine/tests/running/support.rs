@@ -1,0 +1,120 @@
+//! Starts engines on the story model and runs sequences to their end.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bitnetd_engine::gguf::Gguf;
+use bitnetd_engine::kernels::KernelSet;
+use bitnetd_engine::mapping::Mapping;
+use bitnetd_engine::model::Model;
+use bitnetd_engine::pool::Wait;
+use bitnetd_engine::sampler::SamplingParams;
+use bitnetd_engine::sequence::{SequenceRequest, Summary};
+use bitnetd_engine::tokenizer::Special;
+use bitnetd_engine::{Engine, EngineEvent, EngineOptions};
+
+/// What one sequence gave.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Answer {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) text: String,
+    /// Bits of the log-probability of each token, so that "equal" means to the bit.
+    pub(crate) logprob_bits: Vec<u32>,
+    pub(crate) end: Option<(bitnetd_engine::sequence::FinishReason, usize)>,
+}
+
+/// How to run an engine: everything that must not change an answer.
+#[derive(Clone, Debug)]
+pub(crate) struct Setting {
+    pub(crate) kernels: KernelSet,
+    pub(crate) n_threads: usize,
+    pub(crate) max_batch: usize,
+    pub(crate) prefill_chunk: usize,
+}
+
+impl Default for Setting {
+    fn default() -> Self {
+        Self { kernels: KernelSet::detect(), n_threads: 1, max_batch: 4, prefill_chunk: 64 }
+    }
+}
+
+pub(crate) fn story_model() -> Arc<Model> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/story.gguf");
+    let mapping = Mapping::open(&path).unwrap();
+    Arc::new(Model::load(Arc::new(Gguf::parse(Arc::new(mapping)).unwrap())).unwrap())
+}
+
+pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
+    let options = EngineOptions {
+        cpus: vec![None; setting.n_threads],
+        wait: Wait::Hybrid,
+        thread_name: "test".into(),
+        kernels: setting.kernels,
+        n_ctx: None,
+        max_batch: setting.max_batch,
+        prefill_chunk: setting.prefill_chunk,
+    };
+    Engine::new(Arc::clone(model), options).unwrap()
+}
+
+pub(crate) fn request(
+    engine: &Engine,
+    prompt: &str,
+    max_tokens: usize,
+    sampling: SamplingParams,
+) -> SequenceRequest {
+    SequenceRequest {
+        prompt: engine.tokenizer().encode(prompt, Special::AsText, true).unwrap(),
+        resume: Vec::new(),
+        max_tokens,
+        sampling,
+        stop: Vec::new(),
+        n_logprobs: Some(0),
+        ignore_eos: false,
+    }
+}
+
+pub(crate) fn seeded(seed: u64) -> SamplingParams {
+    SamplingParams {
+        temperature: 0.9,
+        top_k: 40,
+        top_p: 0.95,
+        min_p: 0.02,
+        seed,
+        ..SamplingParams::default()
+    }
+}
+
+/// Steps until everything has ended.
+pub(crate) fn run(engine: &mut Engine) -> BTreeMap<u64, (Answer, Summary)> {
+    let mut answers = BTreeMap::new();
+    let mut open: BTreeMap<u64, Answer> = BTreeMap::new();
+    let mut events = Vec::new();
+    while !engine.is_idle() {
+        engine.step(&mut events);
+        for event in events.drain(..) {
+            match event {
+                EngineEvent::Token { id, token, text, logprobs, .. } => {
+                    let answer = open.entry(id).or_insert_with(Answer::empty);
+                    answer.tokens.push(token);
+                    answer.text.push_str(&text);
+                    answer.logprob_bits.extend(logprobs.map(|logprobs| logprobs.logprob.to_bits()));
+                }
+                EngineEvent::Finished { id, summary } => {
+                    let mut answer = open.remove(&id).unwrap_or_else(Answer::empty);
+                    answer.text.push_str(&summary.tail);
+                    answer.end = Some((summary.reason, summary.n_generated));
+                    answers.insert(id, (answer, summary));
+                }
+            }
+        }
+    }
+    answers
+}
+
+impl Answer {
+    fn empty() -> Self {
+        Self { tokens: Vec::new(), text: String::new(), logprob_bits: Vec::new(), end: None }
+    }
+}

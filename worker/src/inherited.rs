@@ -1,0 +1,48 @@
+//! The open files that come with the process: the link to the supervisor and the model image.
+#![expect(unsafe_code, reason = "an inherited file descriptor is known by its number only")]
+
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use bitnetd_proto::worker_link::{WORKER_IMAGE_FD, WORKER_LINK_FD};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockaddrLike, UnixAddr, getpeername};
+
+/// Why the process cannot be a worker.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum InheritError {
+    #[error("file descriptor {fd} is not open ({source})")]
+    NotOpen { fd: RawFd, source: nix::Error },
+    #[error("file descriptor {fd} is not a connected Unix socket")]
+    NotASocket { fd: RawFd },
+}
+
+/// Takes ownership of both descriptors. Call it once, before anything else is opened.
+pub(crate) fn take() -> Result<(UnixStream, OwnedFd), InheritError> {
+    let link = take_fd(WORKER_LINK_FD)?;
+    let image = take_fd(WORKER_IMAGE_FD)?;
+    let is_unix = getpeername::<UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&link))
+        .is_ok_and(|peer| peer.family() == Some(AddressFamily::Unix));
+    if !is_unix {
+        return Err(InheritError::NotASocket { fd: WORKER_LINK_FD });
+    }
+    Ok((UnixStream::from(link), image))
+}
+
+fn take_fd(fd: RawFd) -> Result<OwnedFd, InheritError> {
+    // SAFETY: the borrow ends with this call; a number that is no open file only makes `fcntl` fail.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    // Nothing this process may start later should inherit it again; the call also proves that it is open.
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+        .map_err(|source| InheritError::NotOpen { fd, source })?;
+    // SAFETY: it is open (checked above), and nothing else in this process owns it: the supervisor put it at this
+    // number for us, and `run` calls this once, first.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+impl From<InheritError> for io::Error {
+    fn from(error: InheritError) -> Self {
+        io::Error::other(error)
+    }
+}

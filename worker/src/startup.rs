@@ -1,0 +1,188 @@
+//! From a handshake to an engine that can take jobs.
+
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bitnetd_engine::chat::{ChatError, ChatTemplate};
+use bitnetd_engine::gguf::{Gguf, GgufError};
+use bitnetd_engine::kernels::{Isa, KernelSet};
+use bitnetd_engine::mapping::{Mapping, MappingError};
+use bitnetd_engine::model::{Model, ModelError};
+use bitnetd_engine::pool::Wait;
+use bitnetd_engine::{Engine, EngineError, EngineOptions};
+use bitnetd_proto::PROTOCOL_VERSION;
+use bitnetd_proto::error::{ErrorCode, WireError};
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::frame::FrameError;
+use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WorkerSetup};
+
+use crate::link::Link;
+
+/// An engine, and the model's way to write a conversation.
+pub(crate) struct Started {
+    pub(crate) engine: Engine,
+    pub(crate) template: Result<Option<ChatTemplate>, ChatError>,
+}
+
+/// Why a worker cannot start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    #[error("the supervisor closed the link")]
+    LinkClosed,
+    #[error("the link broke")]
+    Link(#[from] FrameError),
+    #[error("expected `hello` as the first message")]
+    NoHello,
+    #[error("the supervisor speaks protocol version {found}, this worker {PROTOCOL_VERSION}")]
+    Version { found: u32 },
+    #[error("`{key}` is `{found}`, expected {expected}")]
+    Setting { key: &'static str, found: String, expected: String },
+    #[error("this CPU cannot run the `{0}` kernels")]
+    IsaNotPresent(Isa),
+    #[error("cannot map `{name}`")]
+    Map { name: String, source: MappingError },
+    #[error("`{name}` is not a GGUF file that can be read")]
+    Gguf { name: String, source: GgufError },
+    #[error("`{name}` cannot be run")]
+    Model { name: String, source: ModelError },
+    #[error("cannot start the engine")]
+    Engine(#[source] EngineError),
+}
+
+impl StartError {
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::LinkClosed => ExitCode::Ok,
+            Self::Link(_) | Self::NoHello | Self::Version { .. } => ExitCode::Software,
+            Self::Setting { .. } | Self::IsaNotPresent(_) => ExitCode::Config,
+            Self::Map { .. } => ExitCode::Os,
+            Self::Gguf { .. } | Self::Model { .. } => ExitCode::Data,
+            Self::Engine(EngineError::ContextTooLong { .. } | EngineError::Zero(_)) => ExitCode::Config,
+            Self::Engine(EngineError::Tokenizer(_) | EngineError::VocabularySize { .. }) => ExitCode::Data,
+            Self::Engine(EngineError::Pool(_)) => ExitCode::Os,
+        }
+    }
+
+    /// The whole chain of causes in one line, and what to do next.
+    pub(crate) fn to_wire(&self) -> WireError {
+        let mut message = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if !message.ends_with(&text) {
+                message.push_str(": ");
+                message.push_str(&text);
+            }
+            cause = error.source();
+        }
+        let error = WireError::new(ErrorCode::Internal, message);
+        match self {
+            Self::Gguf { .. } => {
+                error.with_hint("`bitnetd model info FILE` says more; is the download complete?")
+            }
+            Self::Model { .. } => error.with_hint("`bitnetd model info FILE` lists what is supported"),
+            Self::IsaNotPresent(_) => error.with_hint("use `isa = \"auto\"`"),
+            Self::Engine(EngineError::ContextTooLong { .. }) => error.with_hint("leave `engine.ctx` out"),
+            _ => error,
+        }
+    }
+}
+
+/// Waits for the first message.
+pub(crate) fn handshake(link: &mut Link) -> Result<WorkerSetup, StartError> {
+    match link.receive()? {
+        None => Err(StartError::LinkClosed),
+        Some(ToWorker::Hello { version: PROTOCOL_VERSION, setup }) => Ok(setup),
+        Some(ToWorker::Hello { version, .. }) => Err(StartError::Version { found: version }),
+        Some(_) => Err(StartError::NoHello),
+    }
+}
+
+/// Loads the model and says that it is ready.
+pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, link: &mut Link) -> Result<Started, StartError> {
+    let begun = Instant::now();
+    let name = || setup.model_name.clone();
+    let kernels = choose_kernels(&setup.isa)?;
+    let wait = choose_wait(&setup.wait)?;
+    require("model.head", &setup.head, &["auto", "file"])?;
+    require("engine.kv_type", &setup.kv_type, &["f16"])?;
+    let mapping = Mapping::from_fd(image).map_err(|source| StartError::Map { name: name(), source })?;
+    let image_bytes = mapping.len() as u64;
+    let gguf = Gguf::parse(Arc::new(mapping)).map_err(|source| StartError::Gguf { name: name(), source })?;
+    let gguf = Arc::new(gguf);
+    let template = ChatTemplate::from_gguf(&gguf);
+    let model = Model::load(gguf).map_err(|source| StartError::Model { name: name(), source })?;
+    let options = EngineOptions {
+        cpus: setup.cpus.iter().copied().map(Some).collect(),
+        wait,
+        thread_name: format!("bnd-w{}", setup.slot),
+        kernels,
+        n_ctx: (setup.ctx > 0).then_some(setup.ctx as usize),
+        max_batch: setup.max_batch as usize,
+        prefill_chunk: setup.prefill_chunk as usize,
+    };
+    let engine = Engine::new(Arc::new(model), options).map_err(StartError::Engine)?;
+    let load_s = begun.elapsed().as_secs_f64();
+    let model = Box::new(summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_)))));
+    tracing::info!(slot = setup.slot, isa = %kernels.isa(), load_s, "ready");
+    link.send(&FromWorker::Ready { version: PROTOCOL_VERSION, model, load_s })?;
+    Ok(Started { engine, template })
+}
+
+fn summarise(
+    engine: &Engine,
+    setup: &WorkerSetup,
+    image_bytes: u64,
+    has_chat_template: bool,
+) -> ModelSummary {
+    let hparams = engine.model().hparams();
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    ModelSummary {
+        name: hparams.name.clone().unwrap_or_else(|| setup.model_name.clone()),
+        architecture: hparams.architecture_name.clone(),
+        n_params: engine.model().n_params(),
+        n_ctx: count(engine.n_ctx()),
+        n_vocab: count(hparams.n_vocab),
+        n_layers: count(hparams.n_layers),
+        n_embd: count(hparams.n_embd),
+        isa: engine.kernels().isa().to_string(),
+        head: engine.model().output().format().name().to_owned(),
+        image_bytes,
+        kv_bytes: engine.kv().shape().bytes(),
+        has_chat_template,
+    }
+}
+
+fn choose_kernels(isa: &str) -> Result<KernelSet, StartError> {
+    if isa == "auto" {
+        return Ok(KernelSet::detect());
+    }
+    let isa: Isa = isa.parse().map_err(|_| StartError::Setting {
+        key: "engine.isa",
+        found: isa.into(),
+        expected: format!("auto, {}", Isa::ALL.map(Isa::name).join(", ")),
+    })?;
+    KernelSet::for_isa(isa).ok_or(StartError::IsaNotPresent(isa))
+}
+
+fn choose_wait(wait: &str) -> Result<Wait, StartError> {
+    match wait {
+        "spin" => Ok(Wait::Spin),
+        "hybrid" => Ok(Wait::Hybrid),
+        "park" => Ok(Wait::Park),
+        other => Err(StartError::Setting {
+            key: "engine.wait",
+            found: other.into(),
+            expected: "spin, hybrid or park".into(),
+        }),
+    }
+}
+
+fn require(key: &'static str, found: &str, choices: &[&str]) -> Result<(), StartError> {
+    if choices.contains(&found) {
+        return Ok(());
+    }
+    Err(StartError::Setting { key, found: found.into(), expected: choices.join(", ") })
+}
