@@ -19,6 +19,7 @@ use interprocess::local_socket::{GenericFilePath, Listener as LocalListener, Lis
 use interprocess::os::unix::local_socket::ListenerOptionsExt;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
@@ -28,6 +29,8 @@ use crate::service::Service;
 
 /// Connections that are being refused at once, at most; more are closed without a word.
 const REFUSALS_MAX: usize = 64;
+/// Descriptors that connections may not use up: workers, their start, refusals, logs.
+const DESCRIPTORS_RESERVED: usize = 512;
 /// Wait after `accept` failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -157,7 +160,7 @@ impl Listener {
 
     /// Serves clients until the service has stopped, then removes the socket.
     pub async fn serve(self, service: Service) {
-        let max_connections = self.config.max_connections as usize;
+        let max_connections = connections_with_room(self.config.max_connections as usize);
         let places = Arc::new(Semaphore::new(max_connections));
         let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
         let stopped = service.stopped();
@@ -195,6 +198,18 @@ impl Listener {
             tokio::time::timeout(connection::CLOSE_TIMEOUT, places.acquire_many(self.config.max_connections))
                 .await;
     }
+}
+
+/// Raises the limit of open descriptors as far as it may go, and keeps enough of them for workers: a crowd of
+/// clients must not make a restart fail.
+fn connections_with_room(wanted: usize) -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return wanted };
+    let limit = if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft };
+    let room = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(DESCRIPTORS_RESERVED).max(1);
+    if room < wanted {
+        tracing::warn!(wanted, room, limit, "fewer connections than configured: too few file descriptors");
+    }
+    wanted.min(room).min(Semaphore::MAX_PERMITS)
 }
 
 async fn refuse_for_number(stream: UnixStream, max_connections: usize) {

@@ -6,6 +6,7 @@
     reason = "a failed unwrap is a failed test"
 )]
 
+mod chaos; // Everything at once.
 mod clients; // Over the socket: good, bad and slow ones.
 mod failover; // Workers die in the middle of answers.
 mod lifecycle; // Start, drain, restart, orphans, descriptors.
