@@ -1,6 +1,7 @@
 //! `bitnetd model …`: look at model files, check them, make them.
 
 mod convert;
+mod info;
 mod synth;
 
 use std::path::Path;
@@ -24,6 +25,10 @@ pub(crate) struct ModelArgs {
 
 #[derive(Debug, Subcommand)]
 enum ModelCommand {
+    /// Show what a GGUF file holds, and whether it can be run
+    Info(info::InfoArgs),
+    /// Read every tensor of a GGUF file and say what is wrong with it
+    Verify(info::VerifyArgs),
     /// Make a GGUF file from a Hugging Face checkpoint, or store a GGUF file's tensors in another way
     Convert(convert::ConvertArgs),
     /// Make a model of random ternary weights in a real shape, to measure with
@@ -33,6 +38,8 @@ enum ModelCommand {
 /// Runs one of the subcommands.
 pub(crate) fn main(args: &ModelArgs) -> Result<ExitCode, CliError> {
     match &args.command {
+        ModelCommand::Info(args) => info::info(args),
+        ModelCommand::Verify(args) => info::check(args),
         ModelCommand::Convert(args) => convert::main(args),
         ModelCommand::Synth(args) => synth::main(args),
     }

@@ -262,7 +262,7 @@ fn alignment_is_a_small_power_of_two() {
     for good in [1, 8, 64, 65_536] {
         assert_eq!(
             Raw::head(0, 1).key_u32("general.alignment", good).parse().unwrap().alignment(),
-            good.into()
+            u64::from(good)
         );
     }
     let text = Raw::head(0, 1).string("general.alignment").u32(8).string("32");

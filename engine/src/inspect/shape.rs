@@ -1,10 +1,12 @@
-//! The shape of a model: its hyper-parameters as metadata keys, and the tensors that follow from them.
+//! The shape of a model to be made: its hyper-parameters as metadata keys, and the tensors that follow from them.
+//!
+//! What a file that exists has is read by [`crate::model`], not here.
 
 use std::fmt;
 
-use crate::gguf::{GgufError, GgufWriteError, GgufWriter, Metadata};
+use crate::gguf::{GgufWriteError, GgufWriter};
 
-/// A model graph, by the name in `general.architecture`.
+/// A model graph, by the name that is written to `general.architecture`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Architecture {
     /// `bitnet-b1.58`: sub-norms and squared ReLU (BitNet b1.58 2B-4T).
@@ -153,43 +155,6 @@ impl ModelShape {
         }
     }
 
-    /// Reads the shape from a file's metadata. Whether the file has an output head is for the caller to say.
-    ///
-    /// # Errors
-    /// A key is missing or has another type. An unknown architecture is `Ok(None)`.
-    pub fn from_metadata(metadata: Metadata<'_>, has_head: bool) -> Result<Option<Self>, GgufError> {
-        let name = required(metadata.str("general.architecture"), "general.architecture")?;
-        let Some(architecture) = Architecture::from_name(name) else { return Ok(None) };
-        let optional = |suffix: &str| metadata.u32(&format!("{name}.{suffix}"));
-        let number = |suffix: &str| required(optional(suffix), &format!("{name}.{suffix}"));
-        let eps_key = format!("{name}.attention.layer_norm_rms_epsilon");
-        let n_heads = number("attention.head_count")?;
-        let n_embd = number("embedding_length")?;
-        let n_tokens = metadata.strings("tokenizer.ggml.tokens")?.map(|tokens| tokens.len());
-        let n_vocab = match (optional("vocab_size")?, n_tokens.and_then(|n| u32::try_from(n).ok())) {
-            (Some(n_vocab), _) | (None, Some(n_vocab)) => n_vocab,
-            (None, None) => return Err(GgufError::MissingKey { key: format!("{name}.vocab_size") }),
-        };
-        let head_dim = match optional("attention.key_length")? {
-            Some(head_dim) => head_dim,
-            None => n_embd.checked_div(n_heads).unwrap_or(0),
-        };
-        Ok(Some(Self {
-            architecture,
-            n_vocab,
-            n_ctx: number("context_length")?,
-            n_embd,
-            n_layers: number("block_count")?,
-            n_ff: number("feed_forward_length")?,
-            n_heads,
-            n_kv_heads: optional("attention.head_count_kv")?.unwrap_or(n_heads),
-            head_dim,
-            rms_eps: required(metadata.f32(&eps_key), &eps_key)?,
-            rope_base: metadata.f32(&format!("{name}.rope.freq_base"))?.unwrap_or(10_000.0),
-            has_head,
-        }))
-    }
-
     /// Why no model can have this shape, if so.
     #[must_use]
     pub fn problem(&self) -> Option<String> {
@@ -287,10 +252,6 @@ impl ModelShape {
 
 fn spec(name: &str, dims: &[u64], role: TensorRole) -> TensorSpec {
     TensorSpec { name: name.to_owned(), dims: dims.to_vec(), role }
-}
-
-fn required<T>(value: Result<Option<T>, GgufError>, key: &str) -> Result<T, GgufError> {
-    value?.ok_or_else(|| GgufError::MissingKey { key: key.to_owned() })
 }
 
 #[cfg(test)]

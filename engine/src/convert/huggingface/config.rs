@@ -17,6 +17,8 @@ pub enum ConfigError {
     Activation { found: String, expected: &'static str },
     #[error("`{key}` is set, which no supported graph has")]
     Unsupported { key: &'static str },
+    #[error("`tie_word_embeddings` is not true, but the graphs of BitNet take the embedding as head")]
+    UntiedHead,
     #[error("the shape is impossible: {problem}")]
     Shape { problem: String },
 }
@@ -119,6 +121,9 @@ impl Config {
             if is_set {
                 return Err(ConfigError::Unsupported { key });
             }
+        }
+        if !raw.tie_word_embeddings && architecture != Architecture::Llama {
+            return Err(ConfigError::UntiedHead);
         }
         let rope_base = raw.rope_theta.or_else(|| raw.rope_parameters.as_ref()?.rope_theta);
         let shape = ModelShape {
