@@ -105,7 +105,10 @@ impl Local {
             work(Local { service: service.clone(), model, plan }).await
         })
         .await;
-        service.stop().await;
+        match &outcome {
+            Ok(_) => service.drain().await, // Nothing is left to do: the workers end by themselves.
+            Err(_) => service.stop().await,
+        }
         service.stopped().await;
         outcome
     }

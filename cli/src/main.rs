@@ -83,6 +83,9 @@ enum Command {
     Drain(control::DrainArgs),
     /// Replace the worker process of one slot; its jobs go on elsewhere
     Restart(control::RestartArgs),
+    /// What the supervisor starts; not for people
+    #[command(hide = true)]
+    Worker,
     /// Print a completion script for a shell
     Completions(manual::CompletionsArgs),
     /// Print the manual page (troff), or write one page for each subcommand to a folder
@@ -103,6 +106,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Status(args) => control::status(&args),
         Command::Drain(args) => control::drain(&args),
         Command::Restart(args) => control::restart(&args),
+        Command::Worker => Ok(bitnetd_worker::run()),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::man(&args, Cli::command()),
         Command::Model(args) => model::main(&args),

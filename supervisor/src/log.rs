@@ -7,10 +7,10 @@ use crate::state::Note;
 pub(crate) fn write(note: &Note) {
     match note {
         Note::WorkerReady { slot, load_s } => tracing::info!(slot, load_s, "worker ready"),
-        Note::WorkerExited { slot, exit, n_jobs } => {
+        Note::WorkerExited { slot, exit, n_jobs, is_expected } => {
             let (code, signal, is_out_of_memory) = (exit.code, exit.signal, exit.is_out_of_memory);
-            if code == Some(0) {
-                tracing::info!(slot, code, n_jobs, "worker ended");
+            if code == Some(0) || *is_expected {
+                tracing::info!(slot, code, signal, n_jobs, "worker ended");
             } else {
                 tracing::warn!(slot, code, signal, is_out_of_memory, n_jobs, "worker {exit}");
             }

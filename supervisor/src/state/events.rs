@@ -159,7 +159,7 @@ pub(crate) enum Note {
     /// A worker can take jobs.
     WorkerReady { slot: SlotId, load_s: f64 },
     /// A worker's process ended.
-    WorkerExited { slot: SlotId, exit: WorkerExit, n_jobs: usize },
+    WorkerExited { slot: SlotId, exit: WorkerExit, n_jobs: usize, is_expected: bool },
     /// A worker is killed, and why.
     WorkerKilled { slot: SlotId, reason: String, n_jobs: usize },
     /// A slot waits before its next process.

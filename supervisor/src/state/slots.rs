@@ -226,10 +226,12 @@ impl State {
     /// There is no process in `slot` any more (`exit`: how it ended, if there ever was one).
     pub(super) fn process_is_gone(&mut self, slot: SlotId, exit: Option<WorkerExit>, now: Duration) {
         let n_jobs = self.abandon_jobs(slot, true);
-        if let Some(exit) = &exit {
-            self.note(Note::WorkerExited { slot, exit: exit.clone(), n_jobs });
-        }
         let is_stopping = self.service == Service::Stopping;
+        if let Some(exit) = &exit {
+            let is_expected =
+                self.slot_mut(slot).is_some_and(|of| matches!(of.phase, Phase::Stopping { .. }));
+            self.note(Note::WorkerExited { slot, exit: exit.clone(), n_jobs, is_expected });
+        }
         let Some(of) = self.slot_mut(slot) else { return };
         let kill_reason = of.kill_reason.take();
         let start_failure = of.start_failure.take();
