@@ -1,8 +1,8 @@
 //! A fixed pool of compute threads: one per CPU, pinned, handed work by fork and join.
 //!
 //! A token costs some two hundred joins, so handing out a task must cost about a microsecond: threads wait by
-//! spinning for a moment, and only then sleep. Work is claimed in chunks from a shared counter, so that a slow
-//! core or one with a busy sibling takes fewer of them.
+//! spinning for a moment, and only then sleep. Work is claimed in chunks, so that a slow core or one with a busy
+//! sibling takes fewer of them.
 //!
 //! The caller is thread 0. The pool is `Send` but not `Sync`: two callers, or a task that forks again, do not
 //! compile.
@@ -126,6 +126,8 @@ unsafe impl Sync for Shared {}
 pub struct ThreadPool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// For each thread's share of the chunks, the next one that nobody has claimed.
+    next_chunks: Vec<Padded<AtomicUsize>>,
     not_sync: PhantomData<Cell<()>>,
 }
 
@@ -159,7 +161,12 @@ impl ThreadPool {
             panic: Mutex::new(None),
         });
         // From here on a return drops `pool`, which stops and joins what was started.
-        let mut pool = Self { shared, threads: Vec::with_capacity(cpus.len() - 1), not_sync: PhantomData };
+        let mut pool = Self {
+            shared,
+            threads: Vec::with_capacity(cpus.len() - 1),
+            next_chunks: cpus.iter().map(|_| Padded::default()).collect(),
+            not_sync: PhantomData,
+        };
         let (pinned_tx, pinned_rx) = mpsc::channel();
         for (thread, &cpu) in cpus.iter().enumerate().skip(1) {
             let shared = Arc::clone(&pool.shared);
@@ -213,6 +220,8 @@ impl ThreadPool {
     /// Cuts `0..n_items` into chunks of `chunk` (the last may be shorter), which the threads claim one by one:
     /// `f(thread index, items)`.
     ///
+    /// A thread starts with its own even share, so that it reads memory in sequence, and then helps the others.
+    ///
     /// # Panics
     /// If `chunk` is 0; re-raises a panic of `f`.
     pub fn for_each_chunk(&self, n_items: usize, chunk: usize, f: &(dyn Fn(usize, Range<usize>) + Sync)) {
@@ -222,14 +231,21 @@ impl ThreadPool {
         if self.threads.is_empty() || n_chunks <= 1 {
             return (0..n_chunks).for_each(|i| f(0, items(i)));
         }
-        let next = Padded(AtomicUsize::new(0));
+        let n_threads = self.n_threads();
+        let share = |thread: usize| thread * n_chunks / n_threads..(thread + 1) * n_chunks / n_threads;
+        for (thread, next) in self.next_chunks.iter().enumerate() {
+            next.0.store(share(thread).start, Ordering::Relaxed);
+        }
+        let next_chunks = &self.next_chunks;
         self.run(&|thread| {
-            loop {
-                let i = next.0.fetch_add(1, Ordering::Relaxed);
-                if i >= n_chunks {
-                    return;
+            for victim in (thread..n_threads).chain(0..thread) {
+                loop {
+                    let i = next_chunks[victim].0.fetch_add(1, Ordering::Relaxed);
+                    if i >= share(victim).end {
+                        break;
+                    }
+                    f(thread, items(i));
                 }
-                f(thread, items(i));
             }
         });
     }

@@ -20,6 +20,8 @@ use crate::pool::ThreadPool;
 use crate::ternary::{TernaryFormat, TernaryMatrix};
 
 #[cfg(target_arch = "x86_64")]
+mod avx2; // AVX2.
+#[cfg(target_arch = "x86_64")]
 mod avx512; // AVX-512 VNNI.
 mod output; // Where products go, and the last float steps.
 mod packed; // Rows of two-bit codes, as the fast paths read them.
@@ -114,7 +116,7 @@ impl KernelSet {
         rows: Range<usize>,
         scratch: &mut Scratch,
     ) {
-        if self.isa != Isa::Avx512Vnni {
+        if self.isa == Isa::Scalar {
             return scalar::matmul_rows(job, acts, rows, scratch);
         }
         let MatmulJob { matrix, out } = job;
@@ -135,6 +137,12 @@ impl KernelSet {
     fn matmul_packed(self, job: &RowsJob<'_>, acts: &QuantizedRows, panel: &mut Vec<Line>) {
         let is_reversed = job.matrix.format() != TernaryFormat::I2S;
         match (self.isa, is_reversed) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is `Avx2` only if `for_isa` saw AVX2, FMA and F16C on this CPU.
+            (Isa::Avx2, false) => unsafe { avx2::matmul::<false>(job, acts, panel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::Avx2, true) => unsafe { avx2::matmul::<true>(job, acts, panel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
             (Isa::Avx512Vnni, false) => unsafe { avx512::matmul::<false>(job, acts, panel) },

@@ -112,8 +112,8 @@ impl RowsJob<'_> {
         self.matrix.format().has_block_scales()
     }
 
-    /// Scales, as f16 bits, of block `block` of 16 rows from `first`; past the last row it repeats that.
-    pub(super) fn block_scales(&self, first: usize, block: usize) -> [u16; TILE_ROWS] {
+    /// Scales, as f16 bits, of block `block` of `N` rows from `first`; past the last row it repeats that.
+    pub(super) fn block_scales<const N: usize>(&self, first: usize, block: usize) -> [u16; N] {
         let block_bytes = self.matrix.format().block_bytes();
         let place = (block + 1) * block_bytes - 2;
         std::array::from_fn(|i| {

@@ -11,15 +11,19 @@
 #![expect(unsafe_code, reason = "pointer loads, and rows of an output that threads share")]
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::packed::{PackedRows, RowsJob};
-use super::quantized_rows::{BLOCK_LINES, Line};
+use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
 use super::{QuantizedRows, TILE_ROWS, TokenScale};
 
 mod panel; // Many tokens: 32 rows unpacked and transposed.
 
 /// Up to so many tokens no panel is made.
 const DIRECT_TOKENS_MAX: usize = 8;
+
+/// Bytes of values that a tile of rows is multiplied with before the columns beyond: they stay in the L1 cache.
+const SLICE_BYTES: usize = 24 << 10;
 
 /// Multiplies the rows of a job. Only this thread may have them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -56,14 +60,13 @@ fn gemv_quad<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, values: &
     let starts = rows.starts::<4>(first);
     let masks = masks();
     let mut sums = [[_mm512_setzero_si512(); BLOCK_LINES]; 4];
-    // The next four rows lie behind these: fetch them while these are at work.
-    let ahead = 4 * rows.row_bytes();
+    let mut upcoming = Upcoming::after(starts[0]);
     for block in 0..rows.n_full() {
         let offset = block * rows.block_bytes();
         // SAFETY: there are four lines for each block (asserted above).
         let values = unsafe { lines_of_block(values, block) };
+        upcoming.prefetch(4);
         for (start, sums) in starts.iter().zip(&mut sums) {
-            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(offset + ahead).cast());
             // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
             let packed = unsafe { load_packed(*start, offset) };
             for (place, sum) in sums.iter_mut().enumerate() {
@@ -100,17 +103,18 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
     let masks = masks();
     for tile in (0..rows.n_rows()).step_by(TILE_ROWS) {
         let starts = rows.starts::<TILE_ROWS>(tile);
-        let ahead = TILE_ROWS * rows.row_bytes();
+        let mut upcoming = Upcoming::after(starts[0]);
         let mut acc = _mm512_setzero_ps();
         for (block, &block_sum) in block_sums[..rows.n_full()].iter().enumerate() {
             let offset = block * rows.block_bytes();
             // SAFETY: there are four lines for each block (asserted above).
             let values = unsafe { lines_of_block(values, block) };
+            // Rows are 66 bytes apart for each block: the last lines of a tile are left to the CPU.
+            upcoming.prefetch(TILE_ROWS);
             let mut dots = [0; TILE_ROWS];
             for (starts, dots) in starts.chunks_exact(4).zip(dots.chunks_exact_mut(4)) {
                 let mut rows_sums = [_mm512_setzero_si512(); 4];
                 for (start, row_sum) in starts.iter().zip(&mut rows_sums) {
-                    _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(offset + ahead).cast());
                     // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
                     let packed = unsafe { load_packed(*start, offset) };
                     let mut sums = [_mm512_setzero_si512(); BLOCK_LINES];
@@ -155,21 +159,15 @@ fn direct_any<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
 fn direct<const REVERSED: bool, const N: usize, const R: usize>(job: &RowsJob<'_>, acts: &QuantizedRows) {
     let rows = job.rows;
     let values: [&[Line]; N] = std::array::from_fn(|token| acts.lines(token));
+    let n_slices = (rows.n_blocks() * N * BLOCK_COLS).div_ceil(SLICE_BYTES);
     for tile in (0..rows.n_rows()).step_by(TILE_ROWS) {
         let mut dots = [[0; TILE_ROWS]; N];
-        for first in (0..TILE_ROWS).step_by(R) {
-            let sums = direct_sums::<REVERSED, N, R>(rows, tile + first, &values);
-            for (sums, dots) in sums.iter().zip(&mut dots) {
-                let zero = _mm512_setzero_si512();
-                let row = |i: usize| if i < R { sums[i] } else { zero };
-                let four = horizontal_sums(row(0), row(1), row(2), row(3));
-                let dots = &mut dots[first..first + R];
-                if R == 4 {
-                    // SAFETY: `dots` has 4 elements.
-                    unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), four) };
-                } else {
-                    dots[0] = _mm_extract_epi32::<0>(four);
-                    dots[1] = _mm_extract_epi32::<1>(four);
+        for slice in 0..n_slices {
+            let blocks = slice * rows.n_blocks() / n_slices..(slice + 1) * rows.n_blocks() / n_slices;
+            for first in (0..TILE_ROWS).step_by(R) {
+                let sums = direct_sums::<REVERSED, N, R>(rows, tile + first, &values, blocks.clone());
+                for (sums, dots) in sums.iter().zip(&mut dots) {
+                    add_horizontal_sums(sums, &mut dots[first..first + R]);
                 }
             }
         }
@@ -180,24 +178,41 @@ fn direct<const REVERSED: bool, const N: usize, const R: usize>(job: &RowsJob<'_
     }
 }
 
-/// Sums, not yet horizontal, of `R` rows from `first` times `N` tokens.
+/// Adds the sum of the lanes of each register to its place.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn add_horizontal_sums<const R: usize>(sums: &[__m512i; R], dots: &mut [i32]) {
+    let mut rows = [_mm512_setzero_si512(); 4];
+    rows[..R].copy_from_slice(sums);
+    let [a, b, c, d] = rows;
+    let mut four = [0; 4];
+    let sums = horizontal_sums(a, b, c, d);
+    // SAFETY: 4 elements of 4 bytes.
+    unsafe { _mm_storeu_si128(four.as_mut_ptr().cast(), sums) };
+    dots.iter_mut().zip(four).for_each(|(dot, sum)| *dot += sum);
+}
+
+/// Sums, not yet horizontal, of `R` rows from `first` times `N` tokens over some blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn direct_sums<const REVERSED: bool, const N: usize, const R: usize>(
     rows: PackedRows<'_>,
     first: usize,
     values: &[&[Line]; N],
+    blocks: Range<usize>,
 ) -> [[__m512i; R]; N] {
-    const { assert!(R == 2 || R == 4, "the caller stores two or four rows") };
+    assert!(blocks.end <= rows.n_blocks(), "blocks {blocks:?} of {}", rows.n_blocks());
     for values in values {
         assert!(values.len() >= rows.n_blocks() * BLOCK_LINES, "{} lines", values.len());
     }
     let starts = rows.starts::<R>(first);
-    let ahead = TILE_ROWS * rows.row_bytes();
     let mut sums = [[_mm512_setzero_si512(); R]; N];
-    for block in 0..rows.n_blocks() {
+    for block in blocks {
         let offset = block * rows.block_bytes();
+        for start in starts {
+            // The same rows of the next tile.
+            _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(offset + TILE_ROWS * rows.row_bytes()).cast());
+        }
         let packed: [__m512i; R] = std::array::from_fn(|row| {
-            _mm_prefetch::<_MM_HINT_T0>(starts[row].wrapping_add(offset + ahead).cast());
             if block < rows.n_full() {
                 // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
                 unsafe { load_packed(starts[row], offset) }
@@ -219,6 +234,29 @@ fn direct_sums<const REVERSED: bool, const N: usize, const R: usize>(
         }
     }
     sums
+}
+
+/// How far ahead weights are fetched into the L2 cache. Measured: with less, or into L1, the rows of a tile,
+/// which are read side by side, reach half of the bandwidth that one sequence reaches.
+const PREFETCH_BYTES: usize = 10 << 10;
+
+/// The weights to come, which lie in one sequence however the rows at hand are read.
+struct Upcoming(*const u8);
+
+impl Upcoming {
+    fn after(start: *const u8) -> Self {
+        Self(start.wrapping_add(PREFETCH_BYTES))
+    }
+
+    /// Starts fetching the next `n_lines` lines. Past the end of the matrix this does nothing.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    fn prefetch(&mut self, n_lines: usize) {
+        for _ in 0..n_lines {
+            _mm_prefetch::<_MM_HINT_T1>(self.0.cast());
+            self.0 = self.0.wrapping_add(64);
+        }
+    }
 }
 
 /// Which group of columns lies in bits `2*place` and `2*place + 1`.

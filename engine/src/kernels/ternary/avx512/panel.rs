@@ -5,6 +5,7 @@
 //! while all tokens pass by.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::{add_block, codes_at, f32_of, group_at, load_f32, load_half, load_packed};
 use crate::kernels::ternary::packed::{PackedRows, RowsJob};
@@ -17,6 +18,13 @@ const TOKENS_MAX: usize = 12;
 /// Registers of rows in a panel.
 const TILES: usize = 2;
 
+/// Rows of a panel.
+const PANEL_ROWS: usize = TILES * TILE_ROWS;
+
+/// Bytes of panels that are multiplied with a group of tokens before the next group comes: together with the
+/// group they stay in the L2 cache, and the group's outputs are written in longer pieces.
+const PANELS_BYTES: usize = 384 << 10;
+
 /// Columns whose products one lane of one instruction adds up.
 const STEP_COLS: usize = 4;
 
@@ -28,36 +36,56 @@ const LINE_STEPS: usize = BLOCK_STEPS / BLOCK_LINES;
 
 /// Multiplies the rows of a job. Only this thread may have them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn matmul<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows, panel: &mut Vec<Line>) {
+pub(super) fn matmul<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows, panels: &mut Vec<Line>) {
     let panel_lines = job.rows.n_blocks() * BLOCK_STEPS * TILES;
-    if panel.len() < panel_lines {
-        panel.resize(panel_lines, Line([0; 64]));
+    let panel_bytes = panel_lines * size_of::<Line>();
+    let n_panels = (PANELS_BYTES / panel_bytes).clamp(1, job.rows.n_rows().div_ceil(PANEL_ROWS));
+    if panels.len() < n_panels * panel_lines {
+        panels.resize(n_panels * panel_lines, Line([0; 64]));
     }
-    let panel = &mut panel[..panel_lines];
-    let n_groups = acts.n_rows().div_ceil(TOKENS_MAX);
-    for first_row in (0..job.rows.n_rows()).step_by(TILES * TILE_ROWS) {
-        for tile in 0..TILES {
-            unpack::<REVERSED>(job.rows, first_row + tile * TILE_ROWS, tile, panel);
-        }
-        // Groups of nearly equal size: a group of one would cost as much as one of six.
-        for group in 0..n_groups {
-            let start = group * acts.n_rows() / n_groups;
-            let end = (group + 1) * acts.n_rows() / n_groups;
-            match end - start {
-                1 => tokens::<1>(job, acts, start, first_row, panel),
-                2 => tokens::<2>(job, acts, start, first_row, panel),
-                3 => tokens::<3>(job, acts, start, first_row, panel),
-                4 => tokens::<4>(job, acts, start, first_row, panel),
-                5 => tokens::<5>(job, acts, start, first_row, panel),
-                6 => tokens::<6>(job, acts, start, first_row, panel),
-                7 => tokens::<7>(job, acts, start, first_row, panel),
-                8 => tokens::<8>(job, acts, start, first_row, panel),
-                9 => tokens::<9>(job, acts, start, first_row, panel),
-                10 => tokens::<10>(job, acts, start, first_row, panel),
-                11 => tokens::<11>(job, acts, start, first_row, panel),
-                _ => tokens::<TOKENS_MAX>(job, acts, start, first_row, panel),
+    for first_row in (0..job.rows.n_rows()).step_by(n_panels * PANEL_ROWS) {
+        let first_rows = (first_row..job.rows.n_rows()).step_by(PANEL_ROWS);
+        for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact_mut(panel_lines)).take(n_panels)
+        {
+            for tile in 0..TILES {
+                unpack::<REVERSED>(job.rows, first_row + tile * TILE_ROWS, tile, panel);
             }
         }
+        // Groups of nearly equal size: a group of one would cost as much as one of six.
+        let n_groups = acts.n_rows().div_ceil(TOKENS_MAX);
+        for group in 0..n_groups {
+            let tokens = group * acts.n_rows() / n_groups..(group + 1) * acts.n_rows() / n_groups;
+            for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact(panel_lines)).take(n_panels)
+            {
+                multiply_any(job, acts, tokens.clone(), first_row, panel);
+            }
+        }
+    }
+}
+
+/// Multiplies a panel with up to [`TOKENS_MAX`] tokens: their number becomes a constant, so that the sums stay
+/// in registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn multiply_any(
+    job: &RowsJob<'_>,
+    acts: &QuantizedRows,
+    all: Range<usize>,
+    first_row: usize,
+    panel: &[Line],
+) {
+    match all.len() {
+        1 => tokens::<1>(job, acts, all.start, first_row, panel),
+        2 => tokens::<2>(job, acts, all.start, first_row, panel),
+        3 => tokens::<3>(job, acts, all.start, first_row, panel),
+        4 => tokens::<4>(job, acts, all.start, first_row, panel),
+        5 => tokens::<5>(job, acts, all.start, first_row, panel),
+        6 => tokens::<6>(job, acts, all.start, first_row, panel),
+        7 => tokens::<7>(job, acts, all.start, first_row, panel),
+        8 => tokens::<8>(job, acts, all.start, first_row, panel),
+        9 => tokens::<9>(job, acts, all.start, first_row, panel),
+        10 => tokens::<10>(job, acts, all.start, first_row, panel),
+        11 => tokens::<11>(job, acts, all.start, first_row, panel),
+        _ => tokens::<TOKENS_MAX>(job, acts, all.start, first_row, panel),
     }
 }
 
@@ -150,6 +178,11 @@ fn unpack<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, tile: usize,
     let blocks = panel.chunks_exact_mut(BLOCK_STEPS * TILES);
     for (block, panel) in (0..rows.n_blocks()).zip(blocks) {
         let offset = block * rows.block_bytes();
+        for start in starts {
+            // The same rows of the next panel, while this one is multiplied.
+            let next = start.wrapping_add(offset + PANEL_ROWS * rows.row_bytes());
+            _mm_prefetch::<_MM_HINT_T1>(next.cast());
+        }
         let packed: [__m512i; TILE_ROWS] = std::array::from_fn(|row| {
             if block < rows.n_full() {
                 // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
