@@ -7,6 +7,7 @@
 
 mod answer; // One answer as it arrives.
 mod batch; // Many answers.
+mod config_cmd; // `config check|show`.
 mod control; // `status`, `drain`, `restart`.
 mod daemon; // A running daemon, through its socket.
 mod error; // Outcome -> message, hint and exit code, in one place.
@@ -20,6 +21,7 @@ mod run;
 mod runtime; // The event loop, and Ctrl-C.
 mod serve;
 mod terminal; // Everything that is written to stdout and stderr.
+mod topology; // `topology`: the machine and the plan.
 
 use bitnetd_proto::exit_code::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -86,6 +88,10 @@ enum Command {
     /// What the supervisor starts; not for people
     #[command(hide = true)]
     Worker,
+    /// Show the machine, which worker gets what of it, and why
+    Topology(topology::TopologyArgs),
+    /// Check the configuration, or print the effective one
+    Config(config_cmd::ConfigArgs),
     /// Print a completion script for a shell
     Completions(manual::CompletionsArgs),
     /// Print the manual page (troff), or write one page for each subcommand to a folder
@@ -107,6 +113,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Drain(args) => control::drain(&args),
         Command::Restart(args) => control::restart(&args),
         Command::Worker => Ok(bitnetd_worker::run()),
+        Command::Topology(args) => topology::main(&args),
+        Command::Config(args) => config_cmd::main(&args),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::man(&args, Cli::command()),
         Command::Model(args) => model::main(&args),

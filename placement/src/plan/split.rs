@@ -43,7 +43,8 @@ pub(super) fn sizes(pool: &Pool<'_>, profile: Profile) -> (Vec<usize>, Vec<Strin
         ));
     }
     if let (Some(quota), Some(time)) = (quota, pool.machine.quota_cpus)
-        && quota <= fast.len()
+        && sizes.iter().sum::<usize>() == quota
+        && quota < fast.len()
     {
         let cpus = if (time - 1.0).abs() < 1e-9 { "CPU" } else { "CPUs" };
         reasons.push(format!(

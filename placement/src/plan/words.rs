@@ -144,9 +144,8 @@ impl<'p, 'm> Words<'p, 'm> {
         }
         let room = rooms.into_values().max().unwrap_or(0);
         let fits = over.iter().all(|idx| sets.get(*idx as usize).is_some_and(|set| set.len() <= room));
-        let list = cpu_list::format(&over);
-        let are =
-            if over.len() == 1 { format!("Worker {list} is") } else { format!("The workers {list} are") };
+        let verb = if over.len() == 1 { "is" } else { "are" };
+        let are = format!("{} {verb}", capitalised(&workers_of(&over)));
         if fits {
             self.warnings
                 .push(format!("{are} spread over several L3s, although one would hold a worker's threads."));
