@@ -46,3 +46,14 @@ fn the_commented_out_examples_are_valid_too() {
         assert_ne!(config, Config::default(), "{line}");
     }
 }
+
+#[test]
+fn the_guide_explains_every_key() {
+    let guide = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+    let guide = std::fs::read_to_string(guide).unwrap();
+    for key in KEYS {
+        let section = guide.split("### ").find(|part| part.starts_with(&format!("`[{}]`", key.section)));
+        let name = if key.name == "worker" { "[[split.worker]]" } else { key.name };
+        assert!(section.expect(key.section).contains(&format!("`{name}`")), "{}.{}", key.section, key.name);
+    }
+}

@@ -9,6 +9,7 @@ mod machine; // The machine: CPUs, caches, nodes, limits.
 mod plan; // From machine and configuration to workers.
 mod read; // Machine out of a tree.
 mod tree; // Small files below a root.
+pub mod usage; // What the kernel counts about CPUs, threads and memory.
 
 pub use crate::machine::{CoreKind, Cpu, Limits, Machine, Node};
 pub use crate::plan::{Plan, PlanError, WorkerPlacement, plan};

@@ -49,12 +49,22 @@ impl<'a> Tree<'a> {
         self.path(path).exists()
     }
 
-    /// The numbers N of the entries `{prefix}N` of a directory, ascending.
+    /// The numbers N of the entries `{prefix}N` of a directory, ascending; numbers no CPU can have are left out.
     pub(crate) fn numbered(&self, dir: &str, prefix: &str) -> Vec<u32> {
+        let mut numbers = self.entries(dir, prefix);
+        numbers.retain(|number| *number <= cpu_list::CPU_MAX);
+        numbers
+    }
+
+    /// The entries of a directory that are numbers, ascending.
+    pub(crate) fn numbers(&self, dir: &str) -> Vec<u32> {
+        self.entries(dir, "")
+    }
+
+    fn entries(&self, dir: &str, prefix: &str) -> Vec<u32> {
         let entries = std::fs::read_dir(self.path(dir)).into_iter().flatten().flatten();
         let mut numbers: Vec<u32> = entries
             .filter_map(|entry| entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok())
-            .filter(|number| *number <= cpu_list::CPU_MAX)
             .collect();
         numbers.sort_unstable();
         numbers.dedup();

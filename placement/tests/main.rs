@@ -11,3 +11,4 @@ mod plans; // Plans with their reasons, as snapshots.
 mod properties; // What holds for every plan on every machine.
 mod refusals; // What is impossible, and in which words.
 mod support; // Machines described in a few lines, written as trees.
+mod usage; // Counters of CPUs, threads and memory.
