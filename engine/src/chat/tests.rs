@@ -1,3 +1,5 @@
+//! Chat templates: who may write control tokens, what is refused, what is replaced.
+
 use super::*;
 use crate::tokenizer::{PreTokenizer, Special, TokenKind, TokenizerOptions};
 

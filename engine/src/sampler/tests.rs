@@ -1,3 +1,5 @@
+//! The sampler against its definition, its distribution and odd input.
+
 use proptest::prelude::*;
 
 use super::*;

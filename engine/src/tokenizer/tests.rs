@@ -1,3 +1,5 @@
+//! Merging, special tokens and parts that do not fit, on made-up vocabularies.
+
 use proptest::prelude::*;
 
 use super::byte_level::char_of_byte;

@@ -1,3 +1,5 @@
+//! The hand-written splitters against the regular expressions they stand for.
+
 use proptest::prelude::*;
 
 use super::*;
