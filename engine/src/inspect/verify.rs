@@ -109,9 +109,11 @@ mod tests {
 
     #[test]
     fn faults_in_the_data_name_the_tensor_and_the_place() {
+        /// The tensor, the change, what is said of it.
+        type Case = (&'static str, fn(&mut [u8]), &'static str);
         let bytes = tiny();
         let gguf = parse(&bytes);
-        let cases: [(&str, fn(&mut [u8]), &str); 4] = [
+        let cases: [Case; 4] = [
             ("blk.1.ffn_up.weight", |data| data[64 * 3 + 1] = 0b1100_0000, "row 3, column 1 has code 3"),
             (
                 "blk.0.attn_q.weight",
