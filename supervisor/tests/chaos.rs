@@ -34,6 +34,8 @@ async fn hurt_workers(service: Service) {
 #[tokio::test]
 async fn no_job_is_lost_doubled_or_changed() {
     let mut fixture = Fixture::new(3, &["pace_ms=1"]);
+    // On a starved machine a worker may be hurt again before its first token, more often than a poison job may.
+    fixture.config.queue.max_deaths = 20;
     fixture.config.watchdog.interval = Duration::from_millis(100);
     fixture.config.watchdog.timeout = Duration::from_millis(1000);
     let service = fixture.ready().await;
