@@ -215,9 +215,9 @@ impl<'a> FastHead<'a> {
         f32::from_le_bytes(self.scales[row])
     }
 
-    /// Standard deviation of the row's approximate logit, divided by the norm of the input.
-    pub(crate) fn error(&self, row: usize) -> f32 {
-        f32::from_le_bytes(self.errors[row])
+    /// Of each row (f32), the standard deviation of its approximate logit divided by the norm of the input.
+    pub(crate) fn errors(&self) -> &'a [[u8; 4]] {
+        self.errors
     }
 
     /// Codes of all rows.

@@ -295,21 +295,22 @@ impl Tile<'_> {
     }
 }
 
-/// Lane sums of `Q` queries times one key.
+/// Lane sums of `Q` queries times one key. (Loops over vectors go by index: iterators that yield them are not
+/// always inlined, and then pass them through memory.)
 #[inline(always)]
 fn dots<L: Lanes, const Q: usize>(lanes: L, q: [&[f32]; Q], key: &[f16]) -> [L::V; Q] {
     let mut acc = [lanes.splat(0.0); Q];
     let (whole, rest) = key.as_chunks::<16>();
     for (j, k) in whole.iter().enumerate() {
         let k = lanes.load_f16(k);
-        for (acc, q) in acc.iter_mut().zip(q) {
-            *acc = lanes.fma(lanes.load(&q.as_chunks().0[j]), k, *acc);
+        for i in 0..Q {
+            acc[i] = lanes.fma(lanes.load(&q[i].as_chunks().0[j]), k, acc[i]);
         }
     }
     if !rest.is_empty() {
         let k = lanes.load_f16(&padded(rest, f16::ZERO));
-        for (acc, q) in acc.iter_mut().zip(q) {
-            *acc = lanes.fma(lanes.load(&padded(q.as_chunks::<16>().1, 0.0)), k, *acc);
+        for i in 0..Q {
+            acc[i] = lanes.fma(lanes.load(&padded(q[i].as_chunks::<16>().1, 0.0)), k, acc[i]);
         }
     }
     acc
@@ -385,27 +386,27 @@ fn mix_vectors<L: Lanes, const Q: usize, const B: usize>(
 ) {
     let head_dim = out[0].len();
     let mut acc = [[lanes.splat(0.0); B]; Q];
-    for (acc, out) in acc.iter_mut().zip(out.iter()) {
-        for (acc, out) in acc.iter_mut().zip(&out.as_chunks::<16>().0[j..]) {
-            *acc = lanes.load(out);
+    for i in 0..Q {
+        for (b, acc) in acc[i].iter_mut().enumerate() {
+            *acc = lanes.load(&out[i].as_chunks().0[j + b]);
         }
     }
     for (t, v) in values.chunks_exact(head_dim).enumerate() {
         let mut weights = [lanes.splat(0.0); Q];
-        for (weight, e) in weights.iter_mut().zip(e) {
-            *weight = lanes.splat(e[t]);
+        for i in 0..Q {
+            weights[i] = lanes.splat(e[i][t]);
         }
         let v = &v.as_chunks::<16>().0[j..][..B];
         for b in 0..B {
             let v = lanes.load_f16(&v[b]);
-            for (acc, weight) in acc.iter_mut().zip(weights) {
-                acc[b] = lanes.fma(weight, v, acc[b]);
+            for i in 0..Q {
+                acc[i][b] = lanes.fma(weights[i], v, acc[i][b]);
             }
         }
     }
-    for (acc, out) in acc.iter().zip(out.iter_mut()) {
-        for (acc, out) in acc.iter().zip(&mut out.as_chunks_mut::<16>().0[j..]) {
-            lanes.store(*acc, out);
+    for i in 0..Q {
+        for (b, acc) in acc[i].iter().enumerate() {
+            lanes.store(*acc, &mut out[i].as_chunks_mut().0[j + b]);
         }
     }
 }

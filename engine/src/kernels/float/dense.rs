@@ -122,7 +122,12 @@ impl DenseRows<'_> {
         row: usize,
         token: usize,
     ) {
-        let sums = self.sums::<L, F, R, T>(lanes, std::array::from_fn(|r| row + r), token);
+        // Loops go by index: iterators that yield vectors are not always inlined, and then pass them in memory.
+        let sums = self.sums::<L, F, R, T>(
+            lanes,
+            [0, R].map(|ahead| std::array::from_fn(|r| row + ahead + r)),
+            token,
+        );
         for (t, sums) in sums.iter().enumerate() {
             self.put((token + t) * self.stride + row, sums);
         }
@@ -132,12 +137,15 @@ impl DenseRows<'_> {
     fn sums<L: Lanes, F: RowReader, const R: usize, const T: usize>(
         &self,
         lanes: L,
-        row_idx: [usize; R],
+        [now, next]: [[usize; R]; 2],
         token: usize,
     ) -> [[f32; R]; T] {
         let n_cols = self.w.n_cols();
         let n_pairs = n_cols / 32;
-        let rows = row_idx.map(|row| self.w.row(row));
+        let rows = now.map(|row| self.w.row(row));
+        // Rows are short: hardware finds out about each one late.
+        let next = next.map(|row| self.w.row(row.min(self.w.n_rows() - 1)));
+        let step = self.w.row_bytes() / n_pairs.max(1);
         let mut xs = [&[0.0f32][..]; T];
         for (t, x) in xs.iter_mut().enumerate() {
             *x = &self.x[(token + t) * n_cols..][..n_cols];
@@ -145,26 +153,27 @@ impl DenseRows<'_> {
         let mut acc = [[lanes.splat(0.0); T]; R];
         for pair in 0..n_pairs {
             let mut x_pair = [[lanes.splat(0.0); 2]; T];
-            for (v, x) in x_pair.iter_mut().zip(xs) {
-                let x = x[pair * 32..][..32].as_chunks::<16>().0;
-                *v = [lanes.load(&x[0]), lanes.load(&x[1])];
+            for t in 0..T {
+                let x = xs[t][pair * 32..][..32].as_chunks::<16>().0;
+                x_pair[t] = [lanes.load(&x[0]), lanes.load(&x[1])];
             }
-            for (acc, row) in acc.iter_mut().zip(rows) {
-                let [a, b] = F::pair(lanes, row, pair);
-                for (acc, x) in acc.iter_mut().zip(x_pair) {
-                    *acc = lanes.fma(b, x[1], lanes.fma(a, x[0], *acc));
+            for r in 0..R {
+                lanes.prefetch(next[r], pair * step);
+                let [a, b] = F::pair(lanes, rows[r], pair);
+                for t in 0..T {
+                    acc[r][t] = lanes.fma(b, x_pair[t][1], lanes.fma(a, x_pair[t][0], acc[r][t]));
                 }
             }
         }
         if n_pairs * 32 < n_cols {
-            for (acc, row) in acc.iter_mut().zip(rows) {
-                self.tail(lanes, row, xs, acc);
+            for r in 0..R {
+                self.tail(lanes, rows[r], xs, &mut acc[r]);
             }
         }
         let mut sums = [[0.0; R]; T];
-        for (r, acc) in acc.into_iter().enumerate() {
-            for (t, acc) in acc.into_iter().enumerate() {
-                sums[t][r] = lanes.sum(acc);
+        for r in 0..R {
+            for t in 0..T {
+                sums[t][r] = lanes.sum(acc[r][t]);
             }
         }
         sums
@@ -179,9 +188,9 @@ impl DenseRows<'_> {
         dequantize_row(self.w.format(), &row[done * self.w.format().block_bytes()..], &mut values[..n_rest]);
         for (i, w) in values[..n_rest].chunks(16).enumerate() {
             let w = lanes.load(&padded(w, 0.0));
-            for (acc, x) in acc.iter_mut().zip(xs) {
-                let x = &x[done + i * 16..];
-                *acc = lanes.fma(w, lanes.load(&padded(&x[..x.len().min(16)], 0.0)), *acc);
+            for t in 0..T {
+                let x = lanes.load(&padded(&xs[t][done + i * 16..], 0.0));
+                acc[t] = lanes.fma(w, x, acc[t]);
             }
         }
     }
@@ -221,15 +230,18 @@ impl DenseGather<'_> {
     #[inline(always)]
     fn of<L: Lanes, F: RowReader>(&self, lanes: L) {
         let (fours, rest) = self.rows.as_chunks::<4>();
-        for rows in fours {
-            let [sums] = self.whole.sums::<L, F, 4, 1>(lanes, rows.map(|row| row as usize), 0);
+        let idx = |rows: &[u32; 4]| rows.map(|row| row as usize);
+        for (i, rows) in fours.iter().enumerate() {
+            let next = fours.get(i + 1).unwrap_or(rows);
+            let [sums] = self.whole.sums::<L, F, 4, 1>(lanes, [idx(rows), idx(next)], 0);
             for (row, sum) in rows.iter().zip(sums) {
                 self.whole.put(self.offset + *row as usize, &[sum]);
             }
         }
         for row in rest {
-            let [sum] = self.whole.sums::<L, F, 1, 1>(lanes, [*row as usize], 0);
-            self.whole.put(self.offset + *row as usize, &sum);
+            let row = *row as usize;
+            let [sum] = self.whole.sums::<L, F, 1, 1>(lanes, [[row], [row]], 0);
+            self.whole.put(self.offset + row, &sum);
         }
     }
 }

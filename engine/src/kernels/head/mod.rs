@@ -7,6 +7,7 @@
 mod round; // Rotation, and rows to codes.
 mod scalar; // Sums by definition.
 mod screen; // All logits, approximately.
+mod select; // The rows to compute exactly.
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -21,14 +22,7 @@ use super::float::shared_out::SharedOut;
 use crate::dense::DenseMatrix;
 use crate::head::FastHead;
 use crate::pool::ThreadPool;
-use screen::{Input, Screen};
-
-/// A row is computed exactly if it could be the largest when every approximate logit may be this many standard
-/// deviations off. For normal errors that fails about once in 10^15 logits.
-const N_DEVIATIONS: f32 = 8.0;
-
-/// At least one row in this many is computed exactly, the approximately largest.
-const SETTLED_SHARE: usize = 64;
+use screen::Screen;
 
 /// Room for one call, allocated once.
 #[derive(Debug)]
@@ -55,8 +49,8 @@ impl FastHeadScratch {
 impl KernelSet {
     /// Logits of every row of `x` (n, cols) into `logits` (n, vocabulary).
     ///
-    /// Computed exactly, to the bit as [`Self::dense_matmul`] gives them, are at least the 1/64 of the rows with the
-    /// largest approximate logits, and every row that could be the largest if errors stay within 8 standard
+    /// Computed exactly, to the bit as [`Self::dense_matmul`] gives them, are at least 256 rows and 1/64 of
+    /// all rows, those with the largest approximate logits, and every row that could be the largest if errors stay within 8 standard
     /// deviations. So the largest logit is exact and is that of the whole exact head, unless a rounding error
     /// of more than 8 deviations happens (normal errors: never; with the rotation they are). Other rows have
     /// approximate logits. An input that is not finite gets all rows exactly. The result does not depend on
@@ -82,7 +76,7 @@ impl KernelSet {
         let inputs = self.screen(pool, fast, x, screen, logits);
         pool.for_each_row_mut(logits, n_vocab, 1, &|_, i, logits| {
             let mut token = tokens[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            select(fast, &inputs[i], logits, &mut token.candidates);
+            self.select_rows(fast, &inputs[i], logits, &mut token.candidates);
         });
         let out = SharedOut::new(logits);
         for (i, token) in tokens.iter_mut().take(n).enumerate() {
@@ -94,45 +88,4 @@ impl KernelSet {
             });
         }
     }
-}
-
-/// Lists the rows to compute exactly.
-fn select(fast: &FastHead<'_>, input: &Input, logits: &[f32], candidates: &mut Vec<u32>) {
-    candidates.clear();
-    #[expect(clippy::cast_possible_truncation, reason = "a head has at most 2^32 rows (`FastHead`)")]
-    let mut keep = |row: usize| candidates.push(row as u32);
-    if !input.is_finite {
-        return (0..logits.len()).for_each(keep);
-    }
-    let threshold = threshold(logits, (logits.len() / SETTLED_SHARE).max(1));
-    let margin = |row: usize| fast.error(row) * input.norm * N_DEVIATIONS;
-    // Every row's upper bound is compared with the largest lower bound.
-    let mut floor = f32::NEG_INFINITY;
-    for (row, logit) in logits.iter().enumerate() {
-        floor = floor.max(logit - margin(row));
-    }
-    for (row, logit) in logits.iter().enumerate() {
-        if *logit >= threshold || logit + margin(row) >= floor {
-            keep(row);
-        }
-    }
-}
-
-/// A value that at least `n_wanted` of the logits reach, and not many more: found by bisection.
-fn threshold(logits: &[f32], n_wanted: usize) -> f32 {
-    let mut high = logits.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-    let mut low = logits.iter().fold(f32::INFINITY, |m, v| m.min(*v));
-    for _ in 0..24 {
-        let middle = low + 0.5 * (high - low);
-        let count: usize = logits.iter().map(|v| usize::from(*v >= middle)).sum();
-        if count < n_wanted {
-            high = middle;
-        } else {
-            low = middle;
-            if count <= n_wanted + n_wanted / 4 {
-                break;
-            }
-        }
-    }
-    low
 }

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::select::SETTLED_SHARE;
 use super::*;
 use crate::dense::{DenseFormat, quantize_row};
 use crate::head::FastHeadError;
@@ -51,7 +52,7 @@ proptest! {
 
     #[test]
     fn logits_depend_on_weights_and_input_alone(
-        n_rows in 1usize..90, n_cols in 1usize..300, n in 1usize..7, seed: u64,
+        n_rows in 1usize..600, n_cols in 1usize..300, n in 1usize..7, seed: u64,
     ) {
         let (values, x) = (noise(seed, n_rows * n_cols), noise(!seed, n * n_cols));
         let bytes = bytes_of(DenseFormat::F16, &values, n_cols);
@@ -104,7 +105,7 @@ fn the_largest_logits_are_exact() {
             for (i, (logits, exact)) in logits.chunks(n_rows).zip(exact.chunks(n_rows)).enumerate() {
                 assert_eq!(argmax(logits), argmax(exact), "{name} {i}");
                 let n_exact = logits.iter().zip(exact).filter(|(a, b)| a.to_bits() == b.to_bits()).count();
-                assert!(n_exact >= n_rows / SETTLED_SHARE, "{name} {i}: {n_exact} exact");
+                assert!(n_exact >= 256.max(n_rows / SETTLED_SHARE), "{name} {i}: {n_exact} exact");
                 assert!(n_exact <= n_rows / 4, "{name} {i}: {n_exact} exact are no fewer bytes");
             }
         }
@@ -129,7 +130,7 @@ fn errors_are_as_the_image_says() {
         let inputs = set.screen(&pool, &fast, &x, &mut screen, &mut approximate);
         let (mut sum, mut largest) = (0.0f64, 0.0f64);
         for (i, (a, e)) in approximate.iter().zip(&exact).enumerate() {
-            let deviation = fast.error(i % n_rows) * inputs[i / n_rows].norm;
+            let deviation = f32::from_le_bytes(fast.errors()[i % n_rows]) * inputs[i / n_rows].norm;
             let z = f64::from((a - e) / deviation);
             sum += z * z;
             largest = largest.max(z.abs());

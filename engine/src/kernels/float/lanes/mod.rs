@@ -39,6 +39,8 @@ pub(crate) trait Lanes: Copy {
     fn load_nibbles(self, v: &[u8; 16]) -> [Self::V; 2];
     /// Six-bit codes minus 32, exactly: nibbles `low >> shift & 15`, upper bits `high >> pair_shift & 3`.
     fn load_six_bits(self, low: &[u8; 32], shift: u32, high: &[u8; 32], pair_shift: u32) -> [Self::V; 2];
+    /// A hint that `bytes[at]` will be read soon. Nothing happens if it does not exist.
+    fn prefetch(self, bytes: &[u8], at: usize);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// a * b + c, rounded once.

@@ -70,6 +70,9 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
+    fn prefetch(self, _bytes: &[u8], _at: usize) {}
+
+    #[inline(always)]
     fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
         std::array::from_fn(|i| a[i] + b[i])
     }
