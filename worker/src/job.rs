@@ -38,7 +38,7 @@ fn encode_text(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, WireError>
         return Err(WireError::new(ErrorCode::EmptyPrompt, "the prompt is empty")
             .with_hint("give at least one character to continue"));
     }
-    tokenizer.encode(text, Special::AsText, true).map_err(|error| {
+    tokenizer.encode(text, Special::AsText, tokenizer.adds_bos()).map_err(|error| {
         WireError::new(ErrorCode::InvalidRequest, format!("cannot tokenise the prompt: {error}"))
     })
 }

@@ -1,8 +1,9 @@
 //! Logits against transformers' `BitNetForCausalLM`; `tests/golden/README.md` says how they were made.
 //!
-//! Bit-equality cannot be asked for: transformers rounds elsewhere in the last bits, a last bit can flip an int8
-//! activation by a whole step, and everything after it moves. The same README measures how far: the bounds below are
-//! of that size, and the root mean square, which such flips move little, is held much tighter.
+//! Most prompts agree to the last printed digit. Where they do not, it is because transformers rounds elsewhere in the
+//! last bits: a last bit can flip an int8 activation by a whole step, and everything after it moves (the same README
+//! measures how far). The story model has such flips in four of six prompts, with a root mean square of 0.008 to
+//! 0.018 and a largest difference of 0.10 in logits that span 30; the random models have none.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -92,11 +93,15 @@ fn compare(model: &Arc<Model>, name: &str, bounds: &Bounds) {
         for (position, top) in prompt.top_f16_kv.iter().enumerate() {
             let best = |a: &(usize, &f32), b: &(usize, &f32)| a.1.total_cmp(b.1).then(b.0.cmp(&a.0));
             let (argmax, _) = ours(position).iter().enumerate().max_by(best).unwrap();
-            assert_eq!(
-                argmax, top[0].0 as usize,
-                "{name}/{} position {position}, theirs {top:?}",
+            // Two tokens closer together than the bound may change places; any other difference is an error.
+            let is_tied =
+                |(id, logit): &(u32, f32)| *id as usize == argmax && f64::from(top[0].1 - logit) < bounds.max;
+            assert!(
+                top.iter().any(is_tied),
+                "{name}/{} position {position}: {argmax}, theirs {top:?}",
                 prompt.name
             );
+            n_swapped += usize::from(argmax != top[0].0 as usize);
         }
         assert!(
             n_swapped <= prompt.ids.len() / 50 + 1,
@@ -117,15 +122,15 @@ fn converted(checkpoint: &Path) -> Arc<Model> {
 
 #[test]
 fn story_model_agrees_with_transformers() {
-    compare(&story_model(), "story", &Bounds { max: 0.15, rms: 0.03 });
+    compare(&story_model(), "story", &Bounds { max: 0.12, rms: 0.02 });
 }
 
 #[test]
 fn a_random_model_agrees_with_transformers() {
-    compare(&converted(&golden_dir().join("tiny")), "tiny", &Bounds { max: 0.7, rms: 0.12 });
+    compare(&converted(&golden_dir().join("tiny")), "tiny", &Bounds { max: 0.005, rms: 0.001 });
 }
 
 #[test]
 fn packed_weights_agree_with_transformers() {
-    compare(&converted(&golden_dir().join("tiny-packed")), "tiny_packed", &Bounds { max: 0.7, rms: 0.12 });
+    compare(&converted(&golden_dir().join("tiny-packed")), "tiny_packed", &Bounds { max: 0.005, rms: 0.001 });
 }

@@ -65,7 +65,7 @@ pub(crate) fn request(
     sampling: SamplingParams,
 ) -> SequenceRequest {
     SequenceRequest {
-        prompt: engine.tokenizer().encode(prompt, Special::AsText, true).unwrap(),
+        prompt: engine.tokenizer().encode(prompt, Special::AsText, engine.tokenizer().adds_bos()).unwrap(),
         resume: Vec::new(),
         max_tokens,
         sampling,
