@@ -1,6 +1,6 @@
 //! Float kernels: norms, activations, RoPE, attention, and products with dense matrices.
 //!
-//! Each kernel is written once, in safe Rust over [`lanes::Lanes`], and compiled once for each instruction set;
+//! Each kernel is written once, in safe Rust over `lanes::Lanes`, and compiled once for each instruction set;
 //! what differs between them is sixteen-lane arithmetic of the same IEEE operations in the same order. So every
 //! result is the same, bit for bit, on every instruction set, thread count and batch size (promise P4).
 //!
