@@ -7,7 +7,11 @@
 )]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use bitnetd_engine::chat::ChatTemplate;
+use bitnetd_engine::gguf::Gguf;
+use bitnetd_engine::mapping::Mapping;
 use bitnetd_engine::tokenizer::{Detokenizer, PreTokenizer, Special, TokenKind, Tokenizer, TokenizerOptions};
 use serde_json::Value;
 
@@ -120,4 +124,15 @@ fn character_classes_are_those_of_tokenizers() {
         }
     }
     assert!(differences.is_empty(), "{} code points: {differences:x?}", differences.len());
+}
+
+#[test]
+fn story_tokenizer_gives_the_ids_of_tokenizers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/story.gguf");
+    let gguf = Gguf::parse(Arc::new(Mapping::open(&path).unwrap())).unwrap();
+    let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+    assert_golden(&tokenizer, "tokenizer_story.json");
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.adds_bos()), (Some(0), Some(1), true));
+    assert_eq!(tokenizer.end_tokens(), [1, 2]);
+    assert!(ChatTemplate::from_gguf(&gguf).unwrap().is_none());
 }

@@ -39,6 +39,7 @@ impl Candidate {
         Self(u64::from(ordered) << 32 | u64::from(!id))
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
     pub(super) fn id(self) -> u32 {
         !(self.0 as u32)
     }
@@ -102,8 +103,10 @@ pub(super) fn exp_nonpositive(x: f32) -> f32 {
         p = p * r + coefficient;
     }
     let mantissa = p * r * r + r + 1.0;
-    // -126 <= n <= 0.
-    mantissa * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    // -126 <= n <= 0, so that n + 127 is the exponent of a normal number; so is the sum with 127 + 2^23, exactly, in
+    // the low bits of its mantissa.
+    let exponent = (n + 8_388_735.0).to_bits() << 23;
+    mantissa * f32::from_bits(exponent)
 }
 
 #[cfg(test)]

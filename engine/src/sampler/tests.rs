@@ -177,7 +177,7 @@ fn sample_by_definition(params: &SamplingParams, logits: &[f32], position: u64) 
         });
         kept.truncate(reached.map_or(kept.len(), |idx| idx + 1));
     }
-    let distance = libm::log(f64::from(params.min_p)) as f32;
+    let distance = sampler(params.clone()).min_p_distance;
     kept.retain(|(_, x)| x - max >= distance);
     let weights: Vec<f32> =
         kept.iter().map(|(_, x)| exp_nonpositive((x - max) / params.temperature)).collect();

@@ -65,10 +65,10 @@ pub(super) fn merge_piece(
                 candidates.push(Reverse((rank, at)));
             }
         }
-        if left != END {
-            if let Some(rank) = vocabulary.rank(symbols[left as usize].token, merge.result) {
-                candidates.push(Reverse((rank, left)));
-            }
+        if left != END
+            && let Some(rank) = vocabulary.rank(symbols[left as usize].token, merge.result)
+        {
+            candidates.push(Reverse((rank, left)));
         }
     }
     out.extend(symbols.iter().map(|symbol| symbol.token).filter(|token| *token != NO_TOKEN));

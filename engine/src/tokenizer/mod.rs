@@ -378,4 +378,6 @@ fn is_llama3_family(metadata: &Metadata<'_>, n_tokens: usize) -> Result<bool, To
 }
 
 #[cfg(test)]
+mod file_tests;
+#[cfg(test)]
 mod tests;

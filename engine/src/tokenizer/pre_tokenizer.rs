@@ -70,10 +70,10 @@ impl<'a> Iterator for Pieces<'a> {
 
 /// `(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
 fn llama_piece_len(text: &str, first: char) -> usize {
-    if first == '\'' {
-        if let Some(len) = contraction_len(text, fold_case) {
-            return len;
-        }
+    if first == '\''
+        && let Some(len) = contraction_len(text, fold_case)
+    {
+        return len;
     }
     let kind = Kind::of(first);
     let after = &text[first.len_utf8()..];
@@ -97,10 +97,10 @@ fn llama_piece_len(text: &str, first: char) -> usize {
 
 /// `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`
 fn gpt2_piece_len(text: &str, first: char) -> usize {
-    if first == '\'' {
-        if let Some(len) = contraction_len(text, |c| c) {
-            return len;
-        }
+    if first == '\''
+        && let Some(len) = contraction_len(text, |c| c)
+    {
+        return len;
     }
     let (space, rest) = match text.strip_prefix(' ') {
         Some(rest) => (1, rest),
@@ -139,10 +139,8 @@ fn fold_case(c: char) -> char {
 /// Length of the white space piece at the start of `text`: `\s*[\r\n]+` if asked for, `\s+(?!\S)` or `\s+`.
 fn space_len(text: &str, ends_at_newline: bool) -> usize {
     let run = run_len(text, Kind::Space);
-    if ends_at_newline {
-        if let Some(last) = text[..run].rfind(is_newline) {
-            return last + 1;
-        }
+    if ends_at_newline && let Some(last) = text[..run].rfind(is_newline) {
+        return last + 1;
     }
     if run == text.len() {
         return run;

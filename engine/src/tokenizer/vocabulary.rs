@@ -225,7 +225,7 @@ impl Vocabulary {
     /// The slot that holds the token with these bytes, or the free one where it belongs.
     fn token_slot(&self, bytes: &[u8]) -> usize {
         let mask = self.tokens_by_bytes.len() - 1;
-        let mut slot = low_bits(self.secret.hash_one(bytes)) & mask;
+        let mut slot = low_bits(self.secret.hash_one(bytes).into()) & mask;
         while let Some(id) = self.tokens_by_bytes[slot].checked_sub(1) {
             if self.token_bytes(id) == Some(bytes) {
                 break;
@@ -240,7 +240,7 @@ impl Vocabulary {
         let mask = self.merges_by_pair.len() - 1;
         let key = u64::from(left) << 32 | u64::from(right);
         let product = u128::from(key ^ self.pair_secret.0) * u128::from(self.pair_secret.1);
-        let mut slot = (low_bits((product >> 64) as u64) ^ low_bits(product as u64)) & mask;
+        let mut slot = low_bits(product ^ product >> 64) & mask;
         while let Some(rank) = self.merges_by_pair[slot].checked_sub(1) {
             let merge = self.merges[rank as usize];
             if (merge.left, merge.right) == (left, right) {
@@ -295,9 +295,9 @@ fn table_len(n_entries: usize) -> Result<usize, TokenizerError> {
     len.filter(|len| *len <= 1 << 31).ok_or(TokenizerError::TooLarge)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "only the low bits are wanted")]
-fn low_bits(hash: u64) -> usize {
-    hash as usize
+/// 32 bits of a hash; no table is longer.
+fn low_bits(hash: u128) -> usize {
+    usize::try_from(hash & u128::from(u32::MAX)).unwrap_or_default()
 }
 
 /// The first characters of a text, for messages.
