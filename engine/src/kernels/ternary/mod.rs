@@ -68,6 +68,9 @@ const TILE_ROWS: usize = 16;
 /// Rows of `TQ1_0` that are brought into two-bit codes at once.
 const REPACKED_ROWS: usize = 2 * TILE_ROWS;
 
+/// With more tokens the AVX-512 path wants 32 rows at a time.
+const FEW_TOKENS: usize = 8;
+
 /// Bytes of weights in a chunk of work, about: many times the price of claiming it.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -89,7 +92,9 @@ impl KernelSet {
             row_bytes = row_bytes.max(matrix.row_bytes());
         }
         let even_share = n_rows / (pool.n_threads() * CHUNKS_PER_THREAD);
-        let chunk_rows = even_share.clamp(1, CHUNK_BYTES / row_bytes + 1).next_multiple_of(2 * TILE_ROWS);
+        // Few tokens are done quickly: small matrices must still give every thread something.
+        let granularity = if acts.n_rows() <= FEW_TOKENS { TILE_ROWS } else { 2 * TILE_ROWS };
+        let chunk_rows = even_share.clamp(1, CHUNK_BYTES / row_bytes + 1).next_multiple_of(granularity);
         let n_chunks = |job: &MatmulJob<'_>| job.matrix.n_rows().div_ceil(chunk_rows);
         // From here on the outputs are written through their pointers only, by all threads.
         let jobs = &*jobs;

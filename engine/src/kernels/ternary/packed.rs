@@ -113,6 +113,7 @@ impl RowsJob<'_> {
     }
 
     /// Scales, as f16 bits, of block `block` of `N` rows from `first`; past the last row it repeats that.
+    #[inline(always)]
     pub(super) fn block_scales<const N: usize>(&self, first: usize, block: usize) -> [u16; N] {
         let block_bytes = self.matrix.format().block_bytes();
         let place = (block + 1) * block_bytes - 2;
@@ -210,10 +211,11 @@ fn repack_body(blocks: &[u8], packed: &mut [u8]) {
 /// Pushes out code after code of `N` bytes: multiplying a fraction by 3 moves the next digit before the point.
 #[inline(always)]
 fn push_out<const N: usize>(bytes: &[u8], codes: &mut [u8]) {
-    let mut fractions: [u16; N] = std::array::from_fn(|m| u16::from(bytes[m]));
+    let mut fractions = [0_u16; N];
+    fractions.iter_mut().zip(bytes).for_each(|(fraction, &byte)| *fraction = u16::from(byte));
     for codes in codes.chunks_exact_mut(N) {
         for (fraction, code) in fractions.iter_mut().zip(codes) {
-            let [rest, digit] = (*fraction * 3).to_le_bytes();
+            let [rest, digit] = fraction.wrapping_mul(3).to_le_bytes();
             *code = digit;
             *fraction = u16::from(rest);
         }

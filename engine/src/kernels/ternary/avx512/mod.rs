@@ -20,7 +20,7 @@ use super::{QuantizedRows, TILE_ROWS, TokenScale};
 mod panel; // Many tokens: 32 rows unpacked and transposed.
 
 /// Up to so many tokens no panel is made.
-const DIRECT_TOKENS_MAX: usize = 8;
+const DIRECT_TOKENS_MAX: usize = super::FEW_TOKENS;
 
 /// Bytes of values that a tile of rows is multiplied with before the columns beyond: they stay in the L1 cache.
 const SLICE_BYTES: usize = 24 << 10;
@@ -103,7 +103,8 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
     let masks = masks();
     for tile in (0..rows.n_rows()).step_by(TILE_ROWS) {
         let starts = rows.starts::<TILE_ROWS>(tile);
-        let mut upcoming = Upcoming::after(starts[0]);
+        // The whole tile is needed from the start on: run ahead of it.
+        let mut upcoming = Upcoming::after(starts[0].wrapping_add(TILE_ROWS * rows.row_bytes()));
         let mut acc = _mm512_setzero_ps();
         for (block, &block_sum) in block_sums[..rows.n_full()].iter().enumerate() {
             let offset = block * rows.block_bytes();
@@ -111,8 +112,8 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
             let values = unsafe { lines_of_block(values, block) };
             // Rows are 66 bytes apart for each block: the last lines of a tile are left to the CPU.
             upcoming.prefetch(TILE_ROWS);
-            let mut dots = [0; TILE_ROWS];
-            for (starts, dots) in starts.chunks_exact(4).zip(dots.chunks_exact_mut(4)) {
+            let mut quads = [_mm_setzero_si128(); TILE_ROWS / 4];
+            for (starts, quad) in starts.chunks_exact(4).zip(&mut quads) {
                 let mut rows_sums = [_mm512_setzero_si512(); 4];
                 for (start, row_sum) in starts.iter().zip(&mut rows_sums) {
                     // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
@@ -125,12 +126,14 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
                     *row_sum = combined(sums);
                 }
                 let [a, b, c, d] = rows_sums;
-                let sums = horizontal_sums(a, b, c, d);
-                // SAFETY: `dots` has 4 elements.
-                unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), sums) };
+                *quad = horizontal_sums(a, b, c, d);
             }
+            let [a, b, c, d] = quads;
+            let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
+            let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(c), d);
+            let dots = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
             let scales = job.block_scales(tile, block);
-            acc = add_block(acc, load_i32(&dots), _mm512_set1_epi32(block_sum), f32_of(&scales));
+            acc = add_block(acc, dots, _mm512_set1_epi32(block_sum), f32_of(&scales));
         }
         let mut sums = [0.0; TILE_ROWS];
         // SAFETY: `sums` has 16 elements.
@@ -212,17 +215,22 @@ fn direct_sums<const REVERSED: bool, const N: usize, const R: usize>(
             // The same rows of the next tile.
             _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(offset + TILE_ROWS * rows.row_bytes()).cast());
         }
-        let packed: [__m512i; R] = std::array::from_fn(|row| {
-            if block < rows.n_full() {
+        // Plain loops and no closures: those are not inlined in every build, and each call would spill.
+        let mut packed = [_mm512_setzero_si512(); R];
+        for (packed, start) in packed.iter_mut().zip(starts) {
+            *packed = if block < rows.n_full() {
                 // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
-                unsafe { load_packed(starts[row], offset) }
+                unsafe { load_packed(start, offset) }
             } else {
                 // SAFETY: 32 bytes lie behind the last whole block (`PackedRows`).
-                unsafe { load_half(starts[row], offset) }
-            }
-        });
+                unsafe { load_half(start, offset) }
+            };
+        }
         for place in 0..BLOCK_LINES {
-            let codes: [__m512i; R] = std::array::from_fn(|row| codes_at(packed[row], place));
+            let mut codes = packed;
+            for codes in &mut codes {
+                *codes = codes_at(*codes, place);
+            }
             let line = block * BLOCK_LINES + group_at::<REVERSED>(place);
             for (values, sums) in values.iter().zip(&mut sums) {
                 // SAFETY: there are four lines for each block (asserted above).
@@ -319,8 +327,12 @@ fn add_block(acc: __m512, dots: __m512i, block_sum: __m512i, scales: __m512) -> 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn lines_of_block(values: &[Line], block: usize) -> [__m512i; BLOCK_LINES] {
-    // SAFETY: the caller promises that all four lines exist.
-    std::array::from_fn(|line| unsafe { load_line(values, block * BLOCK_LINES + line) })
+    let mut loaded = [_mm512_setzero_si512(); BLOCK_LINES];
+    for (line, loaded) in loaded.iter_mut().enumerate() {
+        // SAFETY: the caller promises that all four lines exist.
+        *loaded = unsafe { load_line(values, block * BLOCK_LINES + line) };
+    }
+    loaded
 }
 
 /// A line of values.
@@ -356,13 +368,6 @@ unsafe fn load_packed(start: *const u8, offset: usize) -> __m512i {
 unsafe fn load_half(start: *const u8, offset: usize) -> __m512i {
     // SAFETY: the caller promises that 32 bytes lie there.
     _mm512_zextsi256_si512(unsafe { _mm256_loadu_si256(start.wrapping_add(offset).cast()) })
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn load_i32(values: &[i32; 16]) -> __m512i {
-    // SAFETY: 16 elements of 4 bytes.
-    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
 }
 
 #[inline]

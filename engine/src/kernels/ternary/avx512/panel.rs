@@ -156,9 +156,11 @@ fn multiply<const T: usize>(
     let values: [*const u8; T] = values.map(|values| values.as_ptr().cast());
     let mut sums = [[_mm512_setzero_si512(); TILES]; T];
     for step in first_block * BLOCK_STEPS..end_block * BLOCK_STEPS {
-        // SAFETY: `step < end_block * BLOCK_STEPS`, and the panel has two lines for each (asserted above).
-        let codes: [__m512i; TILES] =
-            std::array::from_fn(|tile| unsafe { super::load_line(panel, step * TILES + tile) });
+        let mut codes = [_mm512_setzero_si512(); TILES];
+        for (tile, codes) in codes.iter_mut().enumerate() {
+            // SAFETY: `step < end_block * BLOCK_STEPS`, and the panel has two lines for each (asserted above).
+            *codes = unsafe { super::load_line(panel, step * TILES + tile) };
+        }
         for (values, sums) in values.iter().zip(&mut sums) {
             // SAFETY: the lines of values have four bytes for each step (asserted above).
             let four = unsafe { values.wrapping_add(step * STEP_COLS).cast::<i32>().read_unaligned() };
@@ -183,15 +185,16 @@ fn unpack<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, tile: usize,
             let next = start.wrapping_add(offset + PANEL_ROWS * rows.row_bytes());
             _mm_prefetch::<_MM_HINT_T1>(next.cast());
         }
-        let packed: [__m512i; TILE_ROWS] = std::array::from_fn(|row| {
-            if block < rows.n_full() {
+        let mut packed = [_mm512_setzero_si512(); TILE_ROWS];
+        for (packed, start) in packed.iter_mut().zip(starts) {
+            *packed = if block < rows.n_full() {
                 // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
-                unsafe { load_packed(starts[row], offset) }
+                unsafe { load_packed(start, offset) }
             } else {
                 // SAFETY: 32 bytes lie behind the last whole block (`PackedRows`).
-                unsafe { load_half(starts[row], offset) }
-            }
-        });
+                unsafe { load_half(start, offset) }
+            };
+        }
         // Transposed while still packed: four codes a byte, a quarter of the work.
         for (step, packed) in transposed(packed).into_iter().enumerate() {
             for place in 0..BLOCK_LINES {
