@@ -76,7 +76,7 @@ pub(crate) fn service_spec(config: Config) -> Result<ServiceSpec, CliError> {
         plan,
         model,
         worker_program: WORKER_PROGRAM.into(),
-        worker_args: vec!["worker".into()],
+        worker_args: vec!["worker".into(), "--log-filter".into(), config.log.level.clone().into()],
         config,
     })
 }

@@ -21,9 +21,24 @@ pub(crate) struct LogArgs {
     pub quiet: bool,
 }
 
-/// Starts logging for a command that a person waits for: warnings, unless asked for more or less.
+/// Starts logging for a command that a person waits for: our own warnings, unless asked for more or less. What the
+/// supervisor and the workers have to say comes back as the command's error then.
 pub(crate) fn init(args: &LogArgs) {
-    install(EnvFilter::default().add_directive(level(args, LevelFilter::WARN).into()), LogFormat::Text);
+    let filter = EnvFilter::default().add_directive(level(args, LevelFilter::WARN).into());
+    let silent = ["bitnetd_supervisor=off", "bitnetd_worker=off"].into_iter().filter(|_| args.verbose == 0);
+    let filter = silent.filter_map(|directive| directive.parse().ok()).fold(filter, EnvFilter::add_directive);
+    install(filter, LogFormat::Text);
+}
+
+/// Starts logging in a worker, as its supervisor says.
+pub(crate) fn init_worker(filter: &str) {
+    // A supervisor of ours has checked it.
+    install(EnvFilter::builder().parse_lossy(filter), LogFormat::Text);
+}
+
+/// What workers that this command starts are to say.
+pub(crate) fn worker_filter(args: &LogArgs) -> String {
+    if args.verbose == 0 { "off".to_owned() } else { level(args, LevelFilter::WARN).to_string() }
 }
 
 /// Starts logging for the daemon: as the configuration says, unless a flag asks for more or less.

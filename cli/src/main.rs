@@ -87,7 +87,11 @@ enum Command {
     Restart(control::RestartArgs),
     /// What the supervisor starts; not for people
     #[command(hide = true)]
-    Worker,
+    Worker {
+        /// Filter of its log
+        #[arg(long, default_value = "warn")]
+        log_filter: String,
+    },
     /// Show the machine, which worker gets what of it, and why
     Topology(topology::TopologyArgs),
     /// Check the configuration, or print the effective one
@@ -101,8 +105,10 @@ enum Command {
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
-    if !matches!(cli.command, Command::Serve(_)) {
-        logging::init(&cli.log);
+    match &cli.command {
+        Command::Serve(_) => {} // Its configuration has a say.
+        Command::Worker { log_filter } => logging::init_worker(log_filter),
+        _ => logging::init(&cli.log),
     }
     match cli.command {
         Command::Run(args) => run::main(&args, &cli.log),
@@ -112,7 +118,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Status(args) => control::status(&args),
         Command::Drain(args) => control::drain(&args),
         Command::Restart(args) => control::restart(&args),
-        Command::Worker => Ok(bitnetd_worker::run()),
+        Command::Worker { .. } => Ok(bitnetd_worker::run()),
         Command::Topology(args) => topology::main(&args),
         Command::Config(args) => config_cmd::main(&args),
         Command::Completions(args) => manual::completions(&args, Cli::command()),

@@ -9,7 +9,7 @@ use clap::Args;
 use crate::answer::{self, Answer, Collector};
 use crate::error::CliError;
 use crate::local::{self, Local, ModelArgs};
-use crate::logging::LogArgs;
+use crate::logging::{self, LogArgs};
 use crate::request_args::{GenerationArgs, PromptArgs};
 use crate::runtime;
 use crate::terminal;
@@ -58,6 +58,7 @@ pub(crate) fn main(args: &RunArgs, log: &LogArgs) -> Result<ExitCode, CliError> 
         ..Config::default()
     };
     config.engine.max_batch = 1;
+    config.log.level = logging::worker_filter(log);
     args.model.apply(&mut config)?;
     runtime::block_on(Local::with(config, async |local| {
         if !log.quiet && !args.json && !args.generation.is_chat() && is_seen_by_a_person() {

@@ -43,8 +43,11 @@ pub(crate) struct ServeArgs {
 /// Runs the command. Sets up logging itself, because the configuration has a say in it.
 pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
     let environment = Environment::read();
-    let (config, origin) = load(args, &environment)?;
+    let (mut config, origin) = load(args, &environment)?;
     logging::init_daemon(log, &config.log)?;
+    if log.quiet || log.verbose > 0 {
+        config.log.level = logging::worker_filter(log);
+    }
     match origin {
         Some(path) => tracing::info!(path = %path.display(), "configuration read"),
         None => tracing::info!("no configuration file: using the defaults"),

@@ -27,7 +27,7 @@ fn json_has_the_documented_fields() {
     let text = folder.run_prompt("run -n 12", "One day").ok();
     let json = folder.run_prompt("run -n 12 --json --logprobs 2", "One day").json();
     let keys: Vec<&String> = json.as_object().unwrap().keys().collect();
-    insta::assert_snapshot!(format!("{keys:?}"), @"");
+    insta::assert_snapshot!(format!("{keys:?}"), @r#"["cached_tokens", "decode_seconds", "finish_reason", "index", "logprobs", "prefill_seconds", "prompt", "prompt_tokens", "seconds", "seed", "text", "token_ids", "tokens", "ttft_seconds"]"#);
     assert_eq!(json["text"].as_str().unwrap().trim_end_matches('\n'), text.trim_end_matches('\n'));
     assert_eq!((&json["prompt"], &json["index"]), (&Value::from("One day"), &Value::from(0)));
     assert_eq!(json["finish_reason"], "length");
@@ -98,7 +98,11 @@ fn ctrl_c_ends_the_run_and_its_worker() {
     let folder = Folder::new();
     let mut command = folder.command("run -n 240 --ignore-eos -p Once");
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let worker = wait_for("a worker", || children(child.id()).first().copied());
+    // Not before it is a program of its own: whoever starts a process waits for that.
+    let is_worker = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("worker"))
+    };
+    let worker = wait_for("a worker", || children(child.id()).into_iter().find(is_worker));
     send(worker, Signal::SIGSTOP); // It cannot finish now.
     send(child.id(), Signal::SIGINT);
     let finished = folder.finished(child);

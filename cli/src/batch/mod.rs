@@ -24,7 +24,7 @@ use crate::batch::summary::Summary;
 use crate::daemon::{self, DaemonJob};
 use crate::error::CliError;
 use crate::local::{Local, ModelArgs};
-use crate::logging::LogArgs;
+use crate::logging::{self, LogArgs};
 use crate::request_args::GenerationArgs;
 use crate::run::parse_count;
 use crate::runtime;
@@ -187,6 +187,7 @@ pub(crate) fn main(args: &BatchArgs, log: &LogArgs) -> Result<ExitCode, CliError
         args.model.apply(&mut config)?;
         args.split.apply(&mut config)?;
         let max_batch = config.engine.max_batch;
+        config.log.level = logging::worker_filter(log);
         // We bound what is in flight ourselves, one job for each place.
         config.queue = QueueConfig { max_jobs: 8192, max_per_client: 8192, ..config.queue };
         Local::with(config, async |local| {
