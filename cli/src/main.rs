@@ -58,16 +58,17 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  bitnetd run -p \"Once upon a time\"              a story; no model and no set-up needed
-  bitnetd run -m model.gguf --chat -p \"Hello\"    your own model
+  bitnetd run -p \"Once upon a time\"               a story; no model and no set-up needed
+  bitnetd run -m model.gguf --chat -p \"Hello\"     your own model
   bitnetd batch prompts.txt -o answers.jsonl      many prompts
   bitnetd serve &                                 the daemon; then:
   bitnetd generate -p \"Once upon a time\"
   bitnetd status
 `bitnetd COMMAND --help` says more.
 
-Exit codes: 0 ok, 1 failed, 64 wrong command line, 65 bad data, 66 no such input, 69 daemon unavailable,
-70 bug, 71 operating system, 75 try again later, 77 not permitted, 78 bad configuration, 130 interrupted.";
+Exit codes: 0 ok, 1 failed, 64 wrong command line, 65 bad data, 66 no such input, 69 no daemon,
+70 bug, 71 operating system, 75 try again later, 77 not permitted, 78 bad configuration,
+130 interrupted.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -85,6 +86,8 @@ enum Command {
     Drain(control::DrainArgs),
     /// Replace the worker process of one slot; its jobs go on elsewhere
     Restart(control::RestartArgs),
+    /// Look at model files, check them, make them
+    Model(model::ModelArgs),
     /// What the supervisor starts; not for people
     #[command(hide = true)]
     Worker {
@@ -100,8 +103,6 @@ enum Command {
     Completions(manual::CompletionsArgs),
     /// Print the manual page (troff), or write one page for each subcommand to a folder
     Man(manual::ManArgs),
-    /// Look at model files, check them, make them
-    Model(model::ModelArgs),
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {

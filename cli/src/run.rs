@@ -19,7 +19,7 @@ use crate::terminal;
 #[command(after_help = "\
 Examples:
   bitnetd run -p \"Once upon a time\"                     a story from the built-in model
-  bitnetd run -p \"Once upon a time\" --temp 0.8 -s 7     another one; the same for each run with seed 7
+  bitnetd run -p \"Once upon a time\" --temp 0.8 -s 7     another one; seed 7 always gives it
   bitnetd run -m model.gguf --chat -p \"Who are you?\"    a chat model
   bitnetd run -m model.gguf -f prompt.txt -n 512 --json | jq .text
   bitnetd run -m model.gguf -f - -q < prompt.txt > answer.txt")]

@@ -24,7 +24,7 @@ once. Clients: `bitnetd generate`, `bitnetd status`, `bitnetd batch --socket …
 Examples:
   bitnetd serve                                               the built-in model on every CPU
   bitnetd serve -m model.gguf --workers 3 --threads 4 --socket ./bitnetd.sock
-  bitnetd serve -c /etc/bitnetd/bitnetd.toml                  see `bitnetd config example`")]
+  bitnetd serve -c /etc/bitnetd/bitnetd.toml                  `bitnetd config show` prints every key")]
 pub(crate) struct ServeArgs {
     /// Configuration file; without it $BITNETD_CONFIG, ~/.config/bitnetd/bitnetd.toml or /etc/bitnetd/bitnetd.toml if
     /// there is one, else the defaults

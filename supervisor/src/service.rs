@@ -45,7 +45,7 @@ pub struct ServiceSpec {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The model cannot be opened.
-    #[error("{0}")]
+    #[error(transparent)]
     Model(ImageError),
     /// The plan has no worker.
     #[error("the plan has no worker")]

@@ -37,7 +37,7 @@ fn a_model_that_is_not_there() {
     let folder = Folder::new();
     insta::assert_snapshot!(shown(&folder.run("run -p Once -m none.gguf")), @r#"
     Some(NoInput)
-    error: cannot open model `[DIR]/none.gguf`
+    error: cannot open model `[DIR]/none.gguf`: No such file or directory (os error 2)
     hint: -m takes a GGUF file; without it the built-in model runs
     "#);
     insta::assert_snapshot!(shown(&folder.run("run -p Once -m .")), @r#"

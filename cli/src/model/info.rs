@@ -54,7 +54,7 @@ fn describe(info: &ModelInfo, with_tensors: bool) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
         // Writing to a string does not fail.
-        drop(writeln!(text, "{name:<14}{value}"));
+        let _written = writeln!(text, "{name:<14}{value}");
     };
     let known = |value: &Option<String>| value.clone().unwrap_or_else(|| "(not given)".to_owned());
     line("name", known(&info.name));
@@ -112,10 +112,10 @@ pub(super) fn check(args: &VerifyArgs) -> Result<ExitCode, CliError> {
         let mut text = String::new();
         for problem in &found.problems {
             let place = problem.tensor.as_ref().map_or("file".to_owned(), |name| format!("tensor `{name}`"));
-            drop(writeln!(text, "{place}: {}", problem.text));
+            let _written = writeln!(text, "{place}: {}", problem.text);
         }
         if is_sound {
-            drop(writeln!(text, "ok: {} tensors, {} bytes", found.n_tensors, found.n_bytes));
+            let _written = writeln!(text, "ok: {} tensors, {} bytes", found.n_tensors, found.n_bytes);
         }
         terminal::put(text.as_bytes())?;
     }
