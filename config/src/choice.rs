@@ -19,13 +19,8 @@ pub trait Choice: Copy + PartialEq + 'static {
 }
 
 impl Choice for HeadChoice {
-    const CHOICES: &'static [(&'static str, Self)] = &[
-        ("auto", Self::Auto),
-        ("file", Self::File),
-        ("q8_0", Self::Q8_0),
-        ("q6_k", Self::Q6K),
-        ("q4_0", Self::Q4_0),
-    ];
+    const CHOICES: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("file", Self::File), ("fast", Self::Fast)];
 }
 
 impl Choice for Profile {

@@ -49,7 +49,7 @@ pub const KEYS: &[Key] = &[
     key(
         "model",
         "head",
-        "Type of the output head: \"auto\" (the engine chooses), \"file\" (as it is in the file), \"q8_0\", \"q6_k\", \"q4_0\".\nIt is made once and shared by all workers.",
+        "Output head: \"file\" (as it is), \"fast\" (a four-bit image finds the tokens worth computing), \"auto\" (fast if large).\nIt is made once and shared by all workers.",
     ),
     key(
         "split",

@@ -45,12 +45,8 @@ pub enum HeadChoice {
     Auto,
     /// As the file has it.
     File,
-    /// Q8_0.
-    Q8_0,
-    /// Q6_K.
-    Q6K,
-    /// Q4_0.
-    Q4_0,
+    /// A four-bit image that finds the tokens worth computing from the file's head.
+    Fast,
 }
 
 /// `[split]`

@@ -13,7 +13,7 @@ fn problems(text: &str) -> String {
 fn every_problem_is_reported_at_once() {
     let text = r#"[model]
 pth = "m.gguf"
-head = "q8"
+head = "fats"
 
 [split]
 profile = "fast"

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::forward::{Forward, ForwardLimits, Row};
+use crate::head::HeadImage;
 use crate::kernels::KernelSet;
 use crate::kv::{KvCache, KvShape, PagePool, pages_for};
 use crate::model::Model;
@@ -24,7 +25,7 @@ const STEP_TARGET: Duration = Duration::from_millis(300);
 const FIRST_CHUNK: usize = 8;
 
 /// Sizes and placement of an engine.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct EngineOptions {
     /// One compute thread for each entry, pinned to the CPU if there is one. Thread 0 is the one that calls `step`.
     pub cpus: Vec<Option<u32>>,
@@ -34,6 +35,8 @@ pub struct EngineOptions {
     pub thread_name: String,
     /// Which kernels.
     pub kernels: KernelSet,
+    /// A fast head of the model; `None` takes the head in the file.
+    pub fast_head: Option<HeadImage>,
     /// Context window; `None` takes the model's.
     pub n_ctx: Option<usize>,
     /// Sequences worked on together.
@@ -170,7 +173,7 @@ impl Engine {
             n_ctx,
         };
         Ok(Self {
-            forward: Forward::new(model, options.kernels, pool, limits),
+            forward: Forward::new(model, options.kernels, pool, options.fast_head, limits),
             tokenizer: Arc::new(tokenizer),
             kv,
             pages: PagePool::new(n_pages),

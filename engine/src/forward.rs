@@ -5,8 +5,10 @@
 
 use std::sync::Arc;
 
+use crate::head::HeadImage;
 use crate::kernels::KernelSet;
 use crate::kernels::float::{Activation, AttentionRow, AttentionScratch, AttentionShape, RopeTable};
+use crate::kernels::head::FastHeadScratch;
 use crate::kernels::ternary::{MatmulJob, QuantizedRows, Store};
 use crate::kv::KvCache;
 use crate::model::{HyperParams, LayerWeights, Model};
@@ -32,6 +34,7 @@ pub struct Forward {
     kernels: KernelSet,
     pool: ThreadPool,
     rope: RopeTable,
+    fast_head: Option<(HeadImage, FastHeadScratch)>,
     state: RunState,
 }
 
@@ -66,12 +69,22 @@ pub struct ForwardLimits {
 
 impl Forward {
     /// Allocates for `limits`. The pool's thread 0 is the one that will call [`Forward::run`].
+    ///
+    /// With a `fast_head`, which must be one for this model, logits come from it; else from the head in the file.
     #[must_use]
-    pub fn new(model: Arc<Model>, kernels: KernelSet, pool: ThreadPool, limits: ForwardLimits) -> Self {
+    pub fn new(
+        model: Arc<Model>,
+        kernels: KernelSet,
+        pool: ThreadPool,
+        fast_head: Option<HeadImage>,
+        limits: ForwardLimits,
+    ) -> Self {
         let hparams = model.hparams();
         let rope = RopeTable::new(limits.n_ctx, hparams.head_dim, hparams.rope_base, model.rope_freqs());
         let state = RunState::new(hparams, &limits, pool.n_threads());
-        Self { model, kernels, pool, rope, state }
+        let scratch = || FastHeadScratch::new(limits.n_logits_max, hparams.n_vocab, hparams.n_embd);
+        let fast_head = fast_head.map(|image| (image, scratch()));
+        Self { model, kernels, pool, rope, fast_head, state }
     }
 
     /// The model that is run.
@@ -206,7 +219,13 @@ impl Forward {
         if n > 0 {
             let (last, normed) = (&s.last[..n * n_embd], &mut s.normed[..n * n_embd]);
             self.kernels.rms_norm_rows(&self.pool, last, model.output_norm(), rms_eps, normed);
-            self.kernels.dense_matmul(&self.pool, &model.output(), normed, logits);
+            let exact = model.output();
+            match &mut self.fast_head {
+                None => self.kernels.dense_matmul(&self.pool, &exact, normed, logits),
+                Some((image, scratch)) => {
+                    self.kernels.fast_head(&self.pool, (&image.view(), &exact), normed, scratch, logits);
+                }
+            }
         }
         logits
     }

@@ -18,6 +18,7 @@ use std::sync::Mutex;
 
 use crate::dense::DenseMatrix;
 use crate::kernels::KernelSet;
+use crate::mapping::Mapping;
 use crate::pool::ThreadPool;
 
 const MAGIC: [u8; 8] = *b"bndhead1";
@@ -171,6 +172,16 @@ impl<'a> FastHead<'a> {
     /// # Errors
     /// If it is not an image of this version, whole and finite.
     pub fn from_bytes(image: &'a [u8]) -> Result<Self, FastHeadError> {
+        let head = Self::parse(image)?;
+        let is_fine = |b: &[u8; 4]| (0.0..=f32::MAX).contains(&f32::from_le_bytes(*b));
+        match (0..head.n_rows).find(|row| !is_fine(&head.scales[*row]) || !is_fine(&head.errors[*row])) {
+            Some(row) => Err(FastHeadError::NotFinite { row }),
+            None => Ok(head),
+        }
+    }
+
+    /// [`Self::from_bytes`] without the look at every number.
+    fn parse(image: &'a [u8]) -> Result<Self, FastHeadError> {
         let header = image.get(..HEADER_BYTES).ok_or(FastHeadError::Header)?;
         let words = header.as_chunks::<8>().0;
         let size =
@@ -191,11 +202,7 @@ impl<'a> FastHead<'a> {
             errors: &image[layout.errors..].as_chunks().0[..n_rows],
             codes: &image[layout.codes..],
         };
-        let is_fine = |b: &[u8; 4]| (0.0..=f32::MAX).contains(&f32::from_le_bytes(*b));
-        match (0..n_rows).find(|row| !is_fine(&head.scales[*row]) || !is_fine(&head.errors[*row])) {
-            Some(row) => Err(FastHeadError::NotFinite { row }),
-            None => Ok(head),
-        }
+        Ok(head)
     }
 
     /// Outputs.
@@ -223,6 +230,32 @@ impl<'a> FastHead<'a> {
     /// Codes of all rows.
     pub(crate) fn codes(&self) -> &'a [u8] {
         self.codes
+    }
+}
+
+/// A whole image, mapped and checked once.
+#[derive(Debug)]
+pub struct HeadImage(Mapping);
+
+impl HeadImage {
+    /// Checks that `image` is a fast head for `w`.
+    ///
+    /// # Errors
+    /// If it is no image, or one of another shape.
+    pub fn new(image: Mapping, w: &DenseMatrix<'_>) -> Result<Self, FastHeadError> {
+        let head = FastHead::from_bytes(&image)?;
+        if (head.n_rows, head.n_cols) == (w.n_rows(), w.n_cols()) {
+            return Ok(Self(image));
+        }
+        let expected = FastHead::n_bytes(w)?;
+        Err(FastHeadError::Length { n_rows: w.n_rows(), n_cols: w.n_cols(), expected, found: image.len() })
+    }
+
+    /// The head.
+    #[must_use]
+    #[expect(clippy::missing_panics_doc, clippy::expect_used, reason = "`new` parsed the same bytes, and a mapping does not change")]
+    pub fn view(&self) -> FastHead<'_> {
+        FastHead::parse(&self.0).expect("checked when it was mapped")
     }
 }
 

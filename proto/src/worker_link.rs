@@ -15,6 +15,8 @@ use crate::request::GenerateRequest;
 pub const WORKER_LINK_FD: i32 = 3;
 /// File descriptor of the model image in a worker, opened read-only.
 pub const WORKER_IMAGE_FD: i32 = 4;
+/// File descriptor of the memory for the shared output head in a worker: empty, or filled and sealed.
+pub const WORKER_HEAD_FD: i32 = 5;
 
 /// From the supervisor to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -13,7 +13,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ use bitnetd_config::NumaPolicy;
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_proto::worker_link::{WORKER_IMAGE_FD, WORKER_LINK_FD};
+use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LINK_FD};
 use command_fds::{CommandFdExt, FdMapping};
 use nix::errno::Errno;
 use nix::libc;
@@ -36,6 +36,7 @@ use nix::unistd::{Pid, getpid, getppid};
 use tokio::net::UnixStream;
 use tokio::process::Command;
 
+use crate::image::ModelImage;
 use crate::state::{StopSignal, WorkerExit};
 
 /// Memory nodes a mask has room for, as in the kernel's largest configuration.
@@ -47,7 +48,7 @@ const MASK_BITS: usize = usize::BITS as usize;
 pub(crate) struct SpawnSpec<'a> {
     pub(crate) program: &'a Path,
     pub(crate) args: &'a [OsString],
-    pub(crate) image: BorrowedFd<'a>,
+    pub(crate) image: &'a ModelImage,
     pub(crate) placement: &'a WorkerPlacement,
     pub(crate) numa: NumaPolicy,
 }
@@ -163,13 +164,15 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     let (ours, theirs) = StdUnixStream::pair().map_err(SpawnError::Descriptors)?;
     ours.set_nonblocking(true).map_err(SpawnError::Descriptors)?;
     let ours = UnixStream::from_std(ours).map_err(SpawnError::Descriptors)?;
-    let image = spec.image.try_clone_to_owned().map_err(SpawnError::Descriptors)?;
+    let image = spec.image.model().try_clone_to_owned().map_err(SpawnError::Descriptors)?;
+    let head = spec.image.head().try_clone_to_owned().map_err(SpawnError::Descriptors)?;
 
     let mut command = Command::new(spec.program);
     command.args(spec.args).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let mappings = vec![
         FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: WORKER_LINK_FD },
         FdMapping { parent_fd: image, child_fd: WORKER_IMAGE_FD },
+        FdMapping { parent_fd: head, child_fd: WORKER_HEAD_FD },
     ];
     let collision = |_| SpawnError::Descriptors(io::ErrorKind::AlreadyExists.into());
     command.fd_mappings(mappings).map_err(collision)?;

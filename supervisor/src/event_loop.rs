@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -293,7 +292,7 @@ impl EventLoop {
         let spec = SpawnSpec {
             program: &self.spec.worker_program,
             args: &self.spec.worker_args,
-            image: self.image.as_fd(),
+            image: &self.image,
             placement,
             numa: self.spec.config.affinity.numa,
         };

@@ -78,12 +78,33 @@ impl ImageError {
     }
 }
 
-/// An open model.
+/// What all workers share: an open model, and memory for the output head that the first of them makes.
 #[derive(Debug)]
-pub(crate) struct ModelImage(OwnedFd);
+pub(crate) struct ModelImage {
+    model: OwnedFd,
+    head: OwnedFd,
+}
 
 impl ModelImage {
     pub(crate) fn open(source: &ModelSource) -> Result<Self, ImageError> {
+        let model = Self::open_model(source)?;
+        // Empty until a worker has filled and sealed it; the supervisor does no model arithmetic.
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let head = memfd_create(c"bitnetd-head", flags).map_err(|error| ImageError::Memory(error.into()))?;
+        Ok(Self { model, head })
+    }
+
+    /// The model's bytes, read-only.
+    pub(crate) fn model(&self) -> BorrowedFd<'_> {
+        self.model.as_fd()
+    }
+
+    /// The memory of the shared head.
+    pub(crate) fn head(&self) -> BorrowedFd<'_> {
+        self.head.as_fd()
+    }
+
+    fn open_model(source: &ModelSource) -> Result<OwnedFd, ImageError> {
         match source {
             ModelSource::File(path) => {
                 let open = |source| ImageError::Open { path: path.clone(), source };
@@ -100,16 +121,10 @@ impl ModelImage {
                 if metadata.len() == 0 {
                     return Err(ImageError::Empty { path: path.clone() });
                 }
-                Ok(Self(file.into()))
+                Ok(file.into())
             }
-            ModelSource::BuiltIn(bytes) => sealed_memory(bytes).map(Self).map_err(ImageError::Memory),
+            ModelSource::BuiltIn(bytes) => sealed_memory(bytes).map_err(ImageError::Memory),
         }
-    }
-}
-
-impl AsFd for ModelImage {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
     }
 }
 
@@ -136,7 +151,7 @@ mod tests {
     #[test]
     fn the_built_in_model_is_sealed_and_whole() {
         let image = ModelImage::open(&ModelSource::BuiltIn(b"GGUF and so on")).unwrap();
-        let mut file = File::from(image.as_fd().try_clone_to_owned().unwrap());
+        let mut file = File::from(image.model().try_clone_to_owned().unwrap());
         let mut text = String::new();
         file.read_to_string(&mut text).unwrap();
         assert_eq!(text, "GGUF and so on");

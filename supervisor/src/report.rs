@@ -66,9 +66,7 @@ pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlac
     let head = match spec.config.model.head {
         HeadChoice::Auto => "auto",
         HeadChoice::File => "file",
-        HeadChoice::Q8_0 => "q8_0",
-        HeadChoice::Q6K => "q6_k",
-        HeadChoice::Q4_0 => "q4_0",
+        HeadChoice::Fast => "fast",
     };
     WorkerSetup {
         slot,

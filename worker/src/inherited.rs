@@ -1,11 +1,10 @@
-//! The open files that come with the process: the link to the supervisor and the model image.
+//! The open files that come with the process: the link to the supervisor, the model and the memory for its head.
 #![expect(unsafe_code, reason = "an inherited file descriptor is known by its number only")]
 
-use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use bitnetd_proto::worker_link::{WORKER_IMAGE_FD, WORKER_LINK_FD};
+use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LINK_FD};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockaddrLike, UnixAddr, getpeername};
 
@@ -18,16 +17,28 @@ pub(crate) enum InheritError {
     NotASocket { fd: RawFd },
 }
 
-/// Takes ownership of both descriptors. Call it once, before anything else is opened.
-pub(crate) fn take() -> Result<(UnixStream, OwnedFd), InheritError> {
+/// What the supervisor gives to a worker.
+#[derive(Debug)]
+pub(crate) struct Inherited {
+    /// The socket to the supervisor.
+    pub(crate) link: UnixStream,
+    /// The model, read-only.
+    pub(crate) image: OwnedFd,
+    /// Memory for the fast head: empty, or filled and sealed.
+    pub(crate) head: OwnedFd,
+}
+
+/// Takes ownership of the descriptors. Call it once, before anything else is opened.
+pub(crate) fn take() -> Result<Inherited, InheritError> {
     let link = take_fd(WORKER_LINK_FD)?;
     let image = take_fd(WORKER_IMAGE_FD)?;
+    let head = take_fd(WORKER_HEAD_FD)?;
     let is_unix = getpeername::<UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&link))
         .is_ok_and(|peer| peer.family() == Some(AddressFamily::Unix));
     if !is_unix {
         return Err(InheritError::NotASocket { fd: WORKER_LINK_FD });
     }
-    Ok((UnixStream::from(link), image))
+    Ok(Inherited { link: UnixStream::from(link), image, head })
 }
 
 fn take_fd(fd: RawFd) -> Result<OwnedFd, InheritError> {
@@ -39,10 +50,4 @@ fn take_fd(fd: RawFd) -> Result<OwnedFd, InheritError> {
     // SAFETY: it is open (checked above), and nothing else in this process owns it: the supervisor put it at this
     // number for us, and `run` calls this once, first.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-impl From<InheritError> for io::Error {
-    fn from(error: InheritError) -> Self {
-        io::Error::other(error)
-    }
 }

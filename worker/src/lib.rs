@@ -10,19 +10,21 @@
 mod inherited; // The open files that come with the process.
 mod job; // Between the wire's words and the engine's.
 mod link; // Frames in, frames out.
+mod shared_head; // The fast head: made by the first worker, mapped by all.
 mod startup; // From a handshake to an engine.
 mod step_loop; // Commands in, steps, events out.
 
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::worker_link::FromWorker;
 
+use crate::inherited::Inherited;
 use crate::link::Link;
 use crate::startup::StartError;
 
 /// Runs a worker to its end.
 #[must_use]
 pub fn run() -> ExitCode {
-    let (link, image) = match inherited::take() {
+    let Inherited { link, image, head } = match inherited::take() {
         Ok(inherited) => inherited,
         Err(error) => {
             tracing::error!(%error, "this is an internal command of bitnetd; it is started by the supervisor only");
@@ -30,7 +32,8 @@ pub fn run() -> ExitCode {
         }
     };
     let mut link = Link::new(link);
-    let engine = startup::handshake(&mut link).and_then(|setup| startup::start(&setup, image, &mut link));
+    let engine =
+        startup::handshake(&mut link).and_then(|setup| startup::start(&setup, image, head, &mut link));
     match engine {
         Ok(engine) => step_loop::run(engine, link),
         // The supervisor went away before it had said anything: nobody is there to be told.

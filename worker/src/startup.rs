@@ -10,7 +10,7 @@ use bitnetd_engine::gguf::{Gguf, GgufError};
 use bitnetd_engine::kernels::{Isa, KernelSet};
 use bitnetd_engine::mapping::{Mapping, MappingError};
 use bitnetd_engine::model::{Model, ModelError};
-use bitnetd_engine::pool::Wait;
+use bitnetd_engine::pool::{PoolOptions, ThreadPool, Wait};
 use bitnetd_engine::{Engine, EngineError, EngineOptions};
 use bitnetd_proto::PROTOCOL_VERSION;
 use bitnetd_proto::error::{ErrorCode, WireError};
@@ -19,6 +19,7 @@ use bitnetd_proto::frame::FrameError;
 use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WorkerSetup};
 
 use crate::link::Link;
+use crate::shared_head::{self, SharedHeadError};
 
 /// An engine, and the model's way to write a conversation.
 pub(crate) struct Started {
@@ -47,6 +48,8 @@ pub(crate) enum StartError {
     Gguf { name: String, source: GgufError },
     #[error("`{name}` cannot be run")]
     Model { name: String, source: ModelError },
+    #[error("cannot make the fast head of the model")]
+    Head(#[source] SharedHeadError),
     #[error("cannot start the engine")]
     Engine(#[source] EngineError),
 }
@@ -57,7 +60,7 @@ impl StartError {
             Self::LinkClosed => ExitCode::Ok,
             Self::Link(_) | Self::NoHello | Self::Version { .. } => ExitCode::Software,
             Self::Setting { .. } | Self::IsaNotPresent(_) => ExitCode::Config,
-            Self::Map { .. } => ExitCode::Os,
+            Self::Map { .. } | Self::Head(_) => ExitCode::Os,
             Self::Gguf { .. } | Self::Model { .. } => ExitCode::Data,
             Self::Engine(EngineError::ContextTooLong { .. } | EngineError::Zero(_)) => ExitCode::Config,
             Self::Engine(EngineError::Tokenizer(_) | EngineError::VocabularySize { .. }) => ExitCode::Data,
@@ -101,12 +104,17 @@ pub(crate) fn handshake(link: &mut Link) -> Result<WorkerSetup, StartError> {
 }
 
 /// Loads the model and says that it is ready.
-pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, link: &mut Link) -> Result<Started, StartError> {
+pub(crate) fn start(
+    setup: &WorkerSetup,
+    image: OwnedFd,
+    head: OwnedFd,
+    link: &mut Link,
+) -> Result<Started, StartError> {
     let begun = Instant::now();
     let name = || setup.model_name.clone();
     let kernels = choose_kernels(&setup.isa)?;
     let wait = choose_wait(&setup.wait)?;
-    require("model.head", &setup.head, &["auto", "file"])?;
+    require("model.head", &setup.head, &["auto", "file", "fast"])?;
     require("engine.kv_type", &setup.kv_type, &["f16"])?;
     let mapping = Mapping::from_fd(image).map_err(|source| StartError::Map { name: name(), source })?;
     let image_bytes = mapping.len() as u64;
@@ -114,18 +122,32 @@ pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, link: &mut Link) -> Res
     let gguf = Arc::new(gguf);
     let template = ChatTemplate::from_gguf(&gguf);
     let model = Model::load(gguf).map_err(|source| StartError::Model { name: name(), source })?;
+    let cpus: Vec<_> = setup.cpus.iter().copied().map(Some).collect();
+    let fast_head = if wants_fast_head(&setup.head, &model) {
+        let pool =
+            PoolOptions { cpus: cpus.clone(), wait: Wait::Hybrid, name: format!("bnd-w{}", setup.slot) };
+        let pool = ThreadPool::new(pool).map_err(|source| StartError::Engine(EngineError::Pool(source)))?;
+        Some(shared_head::open(head, &model.output(), kernels, &pool).map_err(StartError::Head)?)
+    } else {
+        None
+    };
+    let head = head_name(&model, fast_head.is_some());
     let options = EngineOptions {
-        cpus: setup.cpus.iter().copied().map(Some).collect(),
+        cpus,
         wait,
         thread_name: format!("bnd-w{}", setup.slot),
         kernels,
+        fast_head,
         n_ctx: (setup.ctx > 0).then_some(setup.ctx as usize),
         max_batch: setup.max_batch as usize,
         prefill_chunk: setup.prefill_chunk as usize,
     };
     let engine = Engine::new(Arc::new(model), options).map_err(StartError::Engine)?;
     let load_s = begun.elapsed().as_secs_f64();
-    let model = Box::new(summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_)))));
+    let model = Box::new(ModelSummary {
+        head,
+        ..summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_))))
+    });
     tracing::info!(slot = setup.slot, isa = %kernels.isa(), load_s, "ready");
     link.send(&FromWorker::Ready { version: PROTOCOL_VERSION, model, load_s })?;
     Ok(Started { engine, template })
@@ -148,11 +170,27 @@ fn summarise(
         n_layers: count(hparams.n_layers),
         n_embd: count(hparams.n_embd),
         isa: engine.kernels().isa().to_string(),
-        head: engine.model().output().format().name().to_owned(),
+        head: head_name(engine.model(), false),
         image_bytes,
         kv_bytes: engine.kv().shape().bytes(),
         has_chat_template,
     }
+}
+
+/// `auto` takes the fast head where the one in the file is large enough to be felt in every token.
+fn wants_fast_head(choice: &str, model: &Model) -> bool {
+    const FELT_BYTES: usize = 32 << 20;
+    match choice {
+        "fast" => true,
+        "auto" => model.output().data().len() >= FELT_BYTES,
+        _ => false,
+    }
+}
+
+/// The type of the head, as `status` shows it.
+fn head_name(model: &Model, is_fast: bool) -> String {
+    let format = model.output().format().name();
+    if is_fast { format!("fast ({format} where it matters)") } else { format.to_owned() }
 }
 
 fn choose_kernels(isa: &str) -> Result<KernelSet, StartError> {

@@ -51,7 +51,7 @@ fn logits(model: &Arc<Model>, tokens: &[u32]) -> Vec<f32> {
     let n = tokens.len();
     let pool = ThreadPool::new(PoolOptions::unpinned(1)).unwrap();
     let limits = ForwardLimits { n_rows_max: n, n_logits_max: n, n_ctx: hparams.n_ctx };
-    let mut forward = Forward::new(Arc::clone(model), KernelSet::detect(), pool, limits);
+    let mut forward = Forward::new(Arc::clone(model), KernelSet::detect(), pool, None, limits);
     let mut kv = KvCache::new(KvShape {
         n_layers: hparams.n_layers,
         n_kv_heads: hparams.n_kv_heads,

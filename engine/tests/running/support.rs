@@ -51,6 +51,7 @@ pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
         wait: Wait::Hybrid,
         thread_name: "test".into(),
         kernels: setting.kernels,
+        fast_head: None,
         n_ctx: None,
         max_batch: setting.max_batch,
         prefill_chunk: setting.prefill_chunk,
