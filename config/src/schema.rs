@@ -49,7 +49,7 @@ pub const KEYS: &[Key] = &[
     key(
         "model",
         "head",
-        "Output head: \"file\" (as it is), \"fast\" (a four-bit image finds the tokens worth computing), \"auto\" (fast if large).\nIt is made once and shared by all workers.",
+        "Output head: \"file\" (as it is), \"fast\" (a four-bit image finds the tokens worth computing), \"auto\" (today: file).\nIt is made once and shared by all workers.",
     ),
     key(
         "split",

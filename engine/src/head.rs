@@ -253,7 +253,11 @@ impl HeadImage {
 
     /// The head.
     #[must_use]
-    #[expect(clippy::missing_panics_doc, clippy::expect_used, reason = "`new` parsed the same bytes, and a mapping does not change")]
+    #[expect(
+        clippy::missing_panics_doc,
+        clippy::expect_used,
+        reason = "`new` parsed the same bytes, and a mapping does not change"
+    )]
     pub fn view(&self) -> FastHead<'_> {
         FastHead::parse(&self.0).expect("checked when it was mapped")
     }

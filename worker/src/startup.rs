@@ -123,7 +123,7 @@ pub(crate) fn start(
     let template = ChatTemplate::from_gguf(&gguf);
     let model = Model::load(gguf).map_err(|source| StartError::Model { name: name(), source })?;
     let cpus: Vec<_> = setup.cpus.iter().copied().map(Some).collect();
-    let fast_head = if wants_fast_head(&setup.head, &model) {
+    let fast_head = if setup.head == "fast" {
         let pool =
             PoolOptions { cpus: cpus.clone(), wait: Wait::Hybrid, name: format!("bnd-w{}", setup.slot) };
         let pool = ThreadPool::new(pool).map_err(|source| StartError::Engine(EngineError::Pool(source)))?;
@@ -174,16 +174,6 @@ fn summarise(
         image_bytes,
         kv_bytes: engine.kv().shape().bytes(),
         has_chat_template,
-    }
-}
-
-/// `auto` takes the fast head where the one in the file is large enough to be felt in every token.
-fn wants_fast_head(choice: &str, model: &Model) -> bool {
-    const FELT_BYTES: usize = 32 << 20;
-    match choice {
-        "fast" => true,
-        "auto" => model.output().data().len() >= FELT_BYTES,
-        _ => false,
     }
 }
 

@@ -86,7 +86,10 @@ fn compare(model: &Arc<Model>, name: &str, bounds: &Bounds) {
             }
         }
         let rms = (sum_sq / f64::from(n)).sqrt();
-        #[expect(clippy::print_stdout, reason = "the measured difference, for whoever runs it with --nocapture")]
+        #[expect(
+            clippy::print_stdout,
+            reason = "the measured difference, for whoever runs it with --nocapture"
+        )]
         let () = println!("{name}/{}: maxdiff {max:.4}, rms {rms:.4} over {n} logits", prompt.name);
         assert!(max <= bounds.max, "{name}/{}: maxdiff {max} > {}", prompt.name, bounds.max);
         assert!(rms <= bounds.rms, "{name}/{}: rms {rms} > {}", prompt.name, bounds.rms);
