@@ -237,7 +237,7 @@ impl ChildSetup {
 
 /// Whatever else the supervisor was started with (a shell's stray descriptors, say) is none of a worker's business.
 fn close_others_at_exec() -> io::Result<()> {
-    const FIRST: libc::c_uint = WORKER_IMAGE_FD.unsigned_abs() + 1;
+    const FIRST: libc::c_uint = WORKER_HEAD_FD.unsigned_abs() + 1;
     // SAFETY: The call takes three numbers and only marks descriptors of this process; none is closed before exec.
     let result =
         unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
