@@ -96,7 +96,11 @@ fn invalid(what: impl std::fmt::Display) -> WireError {
 }
 
 fn not_empty(is_there: bool) -> Result<(), WireError> {
-    if is_there { Ok(()) } else { Err(WireError::new(ErrorCode::EmptyPrompt, "the prompt is empty")) }
+    let error = || {
+        WireError::new(ErrorCode::EmptyPrompt, "the prompt is empty")
+            .with_hint("give at least one character to continue")
+    };
+    if is_there { Ok(()) } else { Err(error()) }
 }
 
 fn within(name: &str, value: u64, min: u64, max: u64) -> Result<(), WireError> {

@@ -168,7 +168,8 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     let head = spec.image.head().try_clone_to_owned().map_err(SpawnError::Descriptors)?;
 
     let mut command = Command::new(spec.program);
-    command.args(spec.args).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    // The program is often `/proc/self/exe`, which would tell `ps` nothing.
+    command.arg0("bitnetd").args(spec.args).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let mappings = vec![
         FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: WORKER_LINK_FD },
         FdMapping { parent_fd: image, child_fd: WORKER_IMAGE_FD },

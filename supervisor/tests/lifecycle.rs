@@ -20,7 +20,7 @@ use crate::support::{
 };
 
 #[tokio::test]
-async fn a_worker_has_its_cpus_its_group_and_two_descriptors() {
+async fn a_worker_has_its_cpus_its_group_and_three_descriptors() {
     let fixture = Fixture::new(1, &[]);
     let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
     let cpu = (0..CpuSet::count()).rfind(|&cpu| allowed.is_set(cpu).unwrap()).unwrap();
@@ -34,7 +34,7 @@ async fn a_worker_has_its_cpus_its_group_and_two_descriptors() {
     assert_eq!(slot.cpus, cpu.to_string());
     let start = fixture.starts().remove(0);
     assert!(start.contains(&format!("Cpus_allowed_list={cpu}\n")), "{start}");
-    assert!(start.contains(" fds=0,1,2,3,4 "), "{start}");
+    assert!(start.contains(" fds=0,1,2,3,4,5 "), "{start}");
     let raw = Pid::from_raw(i32::try_from(pid).unwrap());
     assert_eq!(getpgid(Some(raw)).unwrap(), raw);
     end(service).await;

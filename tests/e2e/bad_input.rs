@@ -121,6 +121,7 @@ fn a_prompt_that_cannot_be() {
     insta::assert_snapshot!(shown(&folder.run_prompt("run", "")), @r#"
     Some(Data)
     error: the prompt is empty
+    hint: give at least one character to continue
     "#);
     insta::assert_snapshot!(shown(&folder.run_prompt("run", &"word ".repeat(3000))), @r#"
     Some(Data)

@@ -1,6 +1,7 @@
 //! From a handshake to an engine that can take jobs.
 
 use std::error::Error;
+use std::ffi::CString;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,6 +18,7 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::frame::FrameError;
 use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WorkerSetup};
+use nix::sys::prctl;
 
 use crate::link::Link;
 use crate::shared_head::{self, SharedHeadError};
@@ -111,6 +113,7 @@ pub(crate) fn start(
     link: &mut Link,
 ) -> Result<Started, StartError> {
     let begun = Instant::now();
+    name_this_thread(&format!("{}-t0", thread_name(setup)));
     let name = || setup.model_name.clone();
     let kernels = choose_kernels(&setup.isa)?;
     let wait = choose_wait(&setup.wait)?;
@@ -124,8 +127,7 @@ pub(crate) fn start(
     let model = Model::load(gguf).map_err(|source| StartError::Model { name: name(), source })?;
     let cpus: Vec<_> = setup.cpus.iter().copied().map(Some).collect();
     let fast_head = if setup.head == "fast" {
-        let pool =
-            PoolOptions { cpus: cpus.clone(), wait: Wait::Hybrid, name: format!("bnd-w{}", setup.slot) };
+        let pool = PoolOptions { cpus: cpus.clone(), wait: Wait::Hybrid, name: thread_name(setup) };
         let pool = ThreadPool::new(pool).map_err(|source| StartError::Engine(EngineError::Pool(source)))?;
         Some(shared_head::open(head, &model.output(), kernels, &pool).map_err(StartError::Head)?)
     } else {
@@ -135,7 +137,7 @@ pub(crate) fn start(
     let options = EngineOptions {
         cpus,
         wait,
-        thread_name: format!("bnd-w{}", setup.slot),
+        thread_name: thread_name(setup),
         kernels,
         fast_head,
         n_ctx: (setup.ctx > 0).then_some(setup.ctx as usize),
@@ -174,6 +176,19 @@ fn summarise(
         image_bytes,
         kv_bytes: engine.kv().shape().bytes(),
         has_chat_template,
+    }
+}
+
+/// Start of the names of all compute threads, as `top`, `ps` and our own monitoring see them.
+fn thread_name(setup: &WorkerSetup) -> String {
+    format!("bnd-w{}", setup.slot)
+}
+
+/// The step loop runs on the process's first thread, whose name is also that of the process.
+fn name_this_thread(name: &str) {
+    let named = CString::new(name).map(|name| prctl::set_name(&name));
+    if !matches!(named, Ok(Ok(()))) {
+        tracing::debug!(name, "the thread keeps its name");
     }
 }
 

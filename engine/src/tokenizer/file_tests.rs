@@ -17,7 +17,7 @@ fn parse(writer: GgufWriter) -> Gguf {
 fn file_of(n_vocab: u32, architecture: &str, edit: impl FnOnce(&mut GgufWriter)) -> Gguf {
     let mut writer = GgufWriter::new();
     writer.str("general.architecture", architecture).unwrap();
-    SynthVocabulary::new(n_vocab).write_keys(&mut writer).unwrap();
+    SynthVocabulary::new(n_vocab).write_keys(&mut writer, false).unwrap();
     edit(&mut writer);
     parse(writer)
 }

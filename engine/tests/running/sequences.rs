@@ -1,6 +1,13 @@
 //! Sequences come, wait, are cancelled and end; their memory comes back.
 
+use std::sync::Arc;
+
 use bitnetd_engine::SubmitError;
+use bitnetd_engine::convert::synth::{SynthOptions, synth};
+use bitnetd_engine::gguf::Gguf;
+use bitnetd_engine::inspect::{Architecture, ModelShape};
+use bitnetd_engine::mapping::Mapping;
+use bitnetd_engine::model::Model;
 use bitnetd_engine::sampler::SamplingParams;
 use bitnetd_engine::sequence::FinishReason;
 
@@ -86,4 +93,23 @@ fn a_prompt_that_comes_again_is_read_from_the_cache_and_answers_the_same() {
     let (second, summary) = run(&mut engine).remove(&2).unwrap();
     assert!(summary.n_cached >= 32, "{summary:?}");
     assert_eq!(second, first);
+}
+
+#[test]
+fn a_model_of_every_architecture_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    for architecture in Architecture::ALL {
+        let path = folder.path().join(architecture.name());
+        let shape = ModelShape { architecture, ..ModelShape::tiny() };
+        let options = SynthOptions { shape, name: "test".to_owned(), seed: 3 };
+        synth(&path, &options, &mut |_| {}).unwrap();
+        let gguf = Gguf::parse(Arc::new(Mapping::open(&path).unwrap())).unwrap();
+        let model = Arc::new(Model::load(Arc::new(gguf)).unwrap());
+        let mut engine = engine(&model, &Setting::default());
+        let mut request = request(&engine, "hello", 6, SamplingParams::default());
+        request.ignore_eos = true;
+        engine.submit(1, request).unwrap();
+        let (answer, _) = run(&mut engine).remove(&1).unwrap();
+        assert_eq!(answer.tokens.len(), 6, "{}", architecture.name());
+    }
 }

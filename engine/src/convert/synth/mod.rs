@@ -12,7 +12,7 @@ use self::random::{GaussTable, Stream, TernaryTable};
 use super::output::Output;
 use super::{ConvertError, FILE_TYPE_I2_S, OnProgress, Progress};
 use crate::gguf::{GgufWriteError, GgufWriter, TensorType, TensorWriter};
-use crate::inspect::{ModelShape, TensorRole, TensorSpec};
+use crate::inspect::{Architecture, ModelShape, TensorRole, TensorSpec};
 use crate::ternary::i2_s_trailer;
 
 pub use vocabulary::Vocabulary;
@@ -63,7 +63,8 @@ fn header(options: &SynthOptions, specs: &[TensorSpec]) -> Result<GgufWriter, Gg
     writer.str("general.name", &options.name)?;
     options.shape.write_keys(&mut writer, true)?;
     writer.u32("general.file_type", FILE_TYPE_I2_S)?;
-    Vocabulary::new(options.shape.n_vocab).write_keys(&mut writer)?;
+    let names_pre = options.shape.architecture == Architecture::Llama;
+    Vocabulary::new(options.shape.n_vocab).write_keys(&mut writer, names_pre)?;
     writer.u32("general.quantization_version", 2)?;
     for spec in specs {
         writer.tensor(&spec.name, stored_as(spec.role), &spec.dims)?;

@@ -68,15 +68,18 @@ impl Vocabulary {
     }
 
     /// Writes `tokenizer.*` as the published 2B-4T file has it, in its order. As there, `tokenizer.ggml.pre` is
-    /// missing.
+    /// missing, unless the architecture does not tell which one it is (`names_pre`).
     ///
     /// # Errors
     /// A key is there already.
-    pub fn write_keys(&self, writer: &mut GgufWriter) -> Result<(), GgufWriteError> {
+    pub fn write_keys(&self, writer: &mut GgufWriter, names_pre: bool) -> Result<(), GgufWriteError> {
         let n_normal = self.tokens.len() - self.n_special;
         let mut types = vec![TOKEN_TYPE_NORMAL; n_normal];
         types.resize(self.tokens.len(), TOKEN_TYPE_CONTROL);
         writer.str("tokenizer.ggml.model", "gpt2")?;
+        if names_pre {
+            writer.str("tokenizer.ggml.pre", "llama-bpe")?;
+        }
         writer.strings("tokenizer.ggml.tokens", self.tokens.iter().map(String::as_str))?;
         writer.f32s("tokenizer.ggml.scores", &vec![0.0; self.tokens.len()])?;
         writer.i32s("tokenizer.ggml.token_type", &types)?;
