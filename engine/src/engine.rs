@@ -18,11 +18,13 @@ use crate::sampler::{SamplerScratch, SamplingError};
 use crate::sequence::{EngineEvent, Sequence, SequenceId, SequenceRequest};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
-/// How long a step with prompt tokens should take: a heartbeat must fit between steps, and so must the next token of
-/// every decoding sequence.
+/// How long a step with prompt tokens should take while others wait for their next token.
 const STEP_TARGET: Duration = Duration::from_millis(300);
+/// How long it may take while nobody does: longer steps read the weights less often. A cancel and a heartbeat have to
+/// fit between steps.
+const STEP_TARGET_ALONE: Duration = Duration::from_secs(1);
 /// Prompt tokens in a step before the speed of this machine is known.
-const FIRST_CHUNK: usize = 8;
+const FIRST_CHUNK: usize = 16;
 
 /// Sizes and placement of an engine.
 #[derive(Debug)]
@@ -289,7 +291,9 @@ impl Engine {
         }
         let begun = Instant::now();
         let n_vocab = self.model().hparams().n_vocab;
-        let (rows, taken) = plan(&self.running, self.chunk.rows());
+        let is_anyone_decoding = self.running.iter().any(|sequence| !sequence.is_prefilling());
+        let target = if is_anyone_decoding { STEP_TARGET } else { STEP_TARGET_ALONE };
+        let (rows, taken) = plan(&self.running, self.chunk.rows(target));
         let n_rows = rows.len();
         let mut logits = self.forward.run(&rows, &mut self.kv).chunks_exact(n_vocab);
         drop(rows);
@@ -363,7 +367,7 @@ fn plan(running: &[Sequence], chunk: usize) -> (Vec<Row<'_>>, Vec<Taken>) {
     let mut all_taken = Vec::with_capacity(running.len());
     let mut budget = chunk;
     for (index, sequence) in running.iter().enumerate() {
-        let is_prefill = sequence.n_stored < sequence.n_prompt || sequence.n_waiting() > 1;
+        let is_prefill = sequence.is_prefilling();
         let n_rows = if is_prefill { sequence.n_waiting().min(budget) } else { 1 };
         if n_rows == 0 {
             continue;
@@ -386,7 +390,7 @@ fn plan(running: &[Sequence], chunk: usize) -> (Vec<Row<'_>>, Vec<Taken>) {
     (rows, all_taken)
 }
 
-/// How many prompt tokens fit in a step of [`STEP_TARGET`] on this machine, learnt from the steps so far.
+/// How many prompt tokens fit in a step on this machine, learnt from the steps so far.
 #[derive(Debug)]
 struct ChunkSize {
     max: usize,
@@ -403,8 +407,8 @@ impl ChunkSize {
         clippy::cast_sign_loss,
         reason = "a positive number of rows, clamped right after"
     )]
-    fn rows(&self) -> usize {
-        let rows = self.row_seconds.map_or(FIRST_CHUNK, |row| (STEP_TARGET.as_secs_f64() / row) as usize);
+    fn rows(&self, target: Duration) -> usize {
+        let rows = self.row_seconds.map_or(FIRST_CHUNK, |row| (target.as_secs_f64() / row) as usize);
         rows.clamp(1, self.max)
     }
 
@@ -421,12 +425,12 @@ mod tests {
     #[test]
     fn chunks_grow_on_a_fast_machine_and_shrink_on_a_slow_one() {
         let mut chunk = ChunkSize::new(256);
-        assert_eq!(chunk.rows(), FIRST_CHUNK);
+        assert_eq!(chunk.rows(STEP_TARGET), FIRST_CHUNK);
         chunk.observe(8, Duration::from_millis(1));
-        assert_eq!(chunk.rows(), 256);
+        assert_eq!(chunk.rows(STEP_TARGET), 256);
         for _ in 0..20 {
             chunk.observe(1, Duration::from_secs(2));
         }
-        assert_eq!(chunk.rows(), 1);
+        assert_eq!(chunk.rows(STEP_TARGET), 1);
     }
 }

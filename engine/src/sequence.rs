@@ -147,6 +147,11 @@ impl Sequence {
         self.n_cached = n_cached.min(self.n_prompt);
     }
 
+    /// Whether tokens that exist already (of the prompt, or of an answer that goes on) are still to be processed.
+    pub(crate) fn is_prefilling(&self) -> bool {
+        self.n_stored < self.n_prompt || self.n_waiting() > 1
+    }
+
     /// Tokens that are not in the KV cache yet; one while decoding.
     pub(crate) fn n_waiting(&self) -> usize {
         self.history.len() - self.n_stored

@@ -139,7 +139,8 @@ impl Daemon {
         let mut daemon = Self::spawn(folder, line);
         wait_for("the daemon is ready", || {
             assert_eq!(daemon.child.try_wait().unwrap(), None, "it ended: {}", daemon.log(folder));
-            daemon.status().filter(|report| report.health == Health::Ready && report.model.is_some())
+            let is_ready = |report: &StatusReport| report.slots.iter().all(|slot| slot.state == "ready");
+            daemon.status().filter(|report| report.health == Health::Ready && is_ready(report))
         });
         daemon
     }

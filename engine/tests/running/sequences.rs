@@ -75,7 +75,11 @@ fn more_sequences_than_fit_take_turns_and_cancelled_ones_give_their_pages_back()
     assert!(!engine.cancel(4), "only once");
     let answers = run(&mut engine);
     assert_eq!(answers.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
-    assert!(answers.values().all(|(answer, _)| answer.text == answers[&1].0.text));
+    assert_eq!(answers[&2].0, answers[&3].0);
+    assert!(
+        answers[&2].0.text.ends_with(&answers[&1].0.text),
+        "its first token may be among the first events"
+    );
     assert_eq!(engine.n_pages_available(), n_free);
 }
 
