@@ -88,7 +88,8 @@ impl DenseRows<'_> {
     fn of<L: Lanes, F: RowReader>(&self, lanes: L) {
         let n = self.x.len() / self.w.n_cols();
         let mut row = self.rows.start;
-        while row + 4 <= self.rows.end {
+        // One token is bound by reading, and memory reads one sequence of lines faster than four.
+        while n > 1 && row + 4 <= self.rows.end {
             let mut token = 0;
             if L::IS_WIDE {
                 while token + 4 <= n {
@@ -125,7 +126,7 @@ impl DenseRows<'_> {
         // Loops go by index: iterators that yield vectors are not always inlined, and then pass them in memory.
         let sums = self.sums::<L, F, R, T>(
             lanes,
-            [0, R].map(|ahead| std::array::from_fn(|r| row + ahead + r)),
+            [0, R.max(2)].map(|ahead| std::array::from_fn(|r| row + ahead + r)),
             token,
         );
         for (t, sums) in sums.iter().enumerate() {
