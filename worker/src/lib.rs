@@ -1,7 +1,7 @@
 //! The worker process: one model, one set of CPUs, one link to the supervisor.
 //!
-//! It inherits everything it needs (the link and the model image as open files, its CPU affinity and memory policy
-//! from before `exec`), says [`FromWorker::Ready`] when it can take jobs, and serves until the link closes or it is
+//! It inherits everything it needs (the link, the model image and the memory of its head as open files, its CPU
+//! affinity and memory policy from before `exec`), says [`FromWorker::Ready`] when it can take jobs, and serves until the link closes or it is
 //! told to drain. It opens no file and no socket of its own.
 //!
 //! Threads: the main thread is compute thread 0 and runs the step loop; a reader thread turns frames into commands.
