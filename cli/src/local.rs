@@ -158,14 +158,20 @@ impl Source for LocalJob {
         if std::mem::take(&mut self.is_new) {
             return Ok(AnswerEvent::Accepted { seed: self.job.seed });
         }
-        match self.job.next().await {
-            Some(JobEvent::Token(token)) => Ok(AnswerEvent::Token(token)),
-            Some(JobEvent::Done(done)) => Ok(AnswerEvent::Done(done)),
-            Some(JobEvent::Failed(error)) => Err(error.into()),
-            None => Err(CliError::new(
+        let event = loop {
+            match self.job.next().await {
+                Some(JobEvent::WorkerDied { .. }) => {} // Put right without us.
+                event => break event,
+            }
+        };
+        match event {
+            Some(JobEvent::WorkerDied { .. }) | None => Err(CliError::new(
                 bitnetd_proto::exit_code::ExitCode::Software,
                 "the job ended without a word",
             )),
+            Some(JobEvent::Token(token)) => Ok(AnswerEvent::Token(token)),
+            Some(JobEvent::Done(done)) => Ok(AnswerEvent::Done(done)),
+            Some(JobEvent::Failed(error)) => Err(error.into()),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::schema::{self, KEYS, Key};
-use crate::sections::{Config, SplitConfig};
+use crate::sections::{Config, JournalChoice, SplitConfig};
 use crate::{Choice, cpu_list, values};
 
 impl Config {
@@ -77,12 +77,7 @@ impl Config {
                 _ => return None,
             }),
             "engine" => self.engine_value(key.name),
-            "queue" => Some(match key.name {
-                "max_jobs" => self.queue.max_jobs.to_string(),
-                "max_per_client" => self.queue.max_per_client.to_string(),
-                "max_deaths" => self.queue.max_deaths.to_string(),
-                _ => return None,
-            }),
+            "queue" => self.queue_value(key.name),
             "restart" => self.restart_value(key.name),
             "watchdog" => Some(match key.name {
                 "interval" => quoted(&values::format_duration(self.watchdog.interval)),
@@ -97,6 +92,27 @@ impl Config {
             }),
             _ => None,
         }
+    }
+
+    fn queue_value(&self, name: &str) -> Option<String> {
+        let durable = &self.queue.durable;
+        Some(match name {
+            "max_jobs" => self.queue.max_jobs.to_string(),
+            "max_per_client" => self.queue.max_per_client.to_string(),
+            "max_deaths" => self.queue.max_deaths.to_string(),
+            "journal" => match &self.queue.journal {
+                JournalChoice::Usual => return None,
+                JournalChoice::Off => quoted("off"),
+                JournalChoice::At(path) => quoted_path(path),
+            },
+            "durable_max_jobs" => durable.max_jobs.to_string(),
+            "durable_max_per_client" => durable.max_per_client.to_string(),
+            "durable_max_mib" => durable.max_mib.to_string(),
+            "durable_per_worker" => durable.per_worker.to_string(),
+            "results_max" => durable.results_max.to_string(),
+            "results_keep" => quoted(&values::format_duration(durable.results_keep)),
+            _ => return None,
+        })
     }
 
     fn model_value(&self, name: &str) -> Option<String> {

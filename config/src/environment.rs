@@ -9,6 +9,10 @@ use nix::unistd::{AccessFlags, access, geteuid};
 const SYSTEM_DIR: &str = "/run/bitnetd";
 /// Name of the socket in its directory.
 const SOCKET_NAME: &str = "bitnetd.sock";
+/// Directory of what the system's daemon keeps.
+const SYSTEM_STATE_DIR: &str = "/var/lib/bitnetd";
+/// Name of the journal in its directory.
+const JOURNAL_NAME: &str = "jobs.redb";
 
 /// What the environment says; everything that depends on it is a function of this.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,6 +21,10 @@ pub struct Environment {
     pub is_root: bool,
     /// Whether `/run/bitnetd` exists and this process may make a socket in it.
     pub system_dir_writable: bool,
+    /// Whether `/var/lib/bitnetd` exists and this process may make files in it.
+    pub system_state_dir_writable: bool,
+    /// `$STATE_DIRECTORY`, the first path of it: where systemd lets a service keep things.
+    pub state_directory: Option<PathBuf>,
     /// `$XDG_RUNTIME_DIR`, if it is an absolute path to a directory that belongs to us.
     pub xdg_runtime_dir: Option<PathBuf>,
     /// `$XDG_CONFIG_HOME`, else `$HOME/.config`.
@@ -51,6 +59,9 @@ impl Environment {
         Self {
             is_root: geteuid().is_root(),
             system_dir_writable: access(SYSTEM_DIR, AccessFlags::W_OK | AccessFlags::X_OK).is_ok(),
+            system_state_dir_writable: access(SYSTEM_STATE_DIR, AccessFlags::W_OK | AccessFlags::X_OK)
+                .is_ok(),
+            state_directory: first_path("STATE_DIRECTORY"),
             xdg_runtime_dir: absolute("XDG_RUNTIME_DIR").filter(|dir| belongs_to_us(dir)),
             config_home: under_home("XDG_CONFIG_HOME", ".config"),
             state_home: under_home("XDG_STATE_HOME", ".local/state"),
@@ -71,6 +82,16 @@ impl Environment {
             return Ok(Path::new(SYSTEM_DIR).join(SOCKET_NAME));
         }
         self.user_sockets().into_iter().next().ok_or(SocketPathError)
+    }
+
+    /// Where the daemon keeps durable jobs if the configuration does not say; `None` if there is no place. The
+    /// directory may have to be made, with mode 0700.
+    #[must_use]
+    pub fn journal(&self) -> Option<PathBuf> {
+        let system =
+            (self.is_root || self.system_state_dir_writable).then(|| PathBuf::from(SYSTEM_STATE_DIR));
+        let user = || self.state_home.as_ref().map(|dir| dir.join("bitnetd"));
+        self.state_directory.clone().or(system).or_else(user).map(|dir| dir.join(JOURNAL_NAME))
     }
 
     /// Where a client looks for the daemon, in this order: the first that exists counts. `given` is what the
@@ -113,6 +134,12 @@ fn absolute(name: &str) -> Option<PathBuf> {
     variable(name).map(PathBuf::from).filter(|path| path.is_absolute())
 }
 
+/// The first path of a list such as systemd's; ignored unless it is absolute.
+fn first_path(name: &str) -> Option<PathBuf> {
+    let list = variable(name)?;
+    std::env::split_paths(&list).next().filter(|path| path.is_absolute())
+}
+
 fn belongs_to_us(dir: &Path) -> bool {
     std::fs::metadata(dir).is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == geteuid().as_raw())
 }
@@ -144,6 +171,20 @@ mod tests {
         let system = Path::new("/run/bitnetd/bitnetd.sock");
         assert_eq!(Environment { is_root: true, ..user() }.server_socket().unwrap(), system);
         assert_eq!(Environment { system_dir_writable: true, ..user() }.server_socket().unwrap(), system);
+    }
+
+    #[test]
+    fn the_journal_is_in_the_state_directory() {
+        let named =
+            Environment { state_directory: Some("/var/lib/private/b".into()), is_root: true, ..user() };
+        assert_eq!(named.journal(), Some("/var/lib/private/b/jobs.redb".into()));
+        let root = Environment { is_root: true, ..user() };
+        let service = Environment { system_state_dir_writable: true, ..user() };
+        for system in [root, service] {
+            assert_eq!(system.journal(), Some("/var/lib/bitnetd/jobs.redb".into()));
+        }
+        assert_eq!(user().journal(), Some("/home/u/.local/state/bitnetd/jobs.redb".into()));
+        assert_eq!(Environment::default().journal(), None);
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub use crate::load::CONFIG_FILE_BYTES_MAX;
 pub use crate::problem::{ConfigErrors, LoadError, Problem};
 pub use crate::schema::{ISAS, KEYS, Key};
 pub use crate::sections::{
-    AffinityConfig, Config, CoreChoice, EngineConfig, HeadChoice, ListenConfig, LogConfig, LogFormat,
-    ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig, SmtPolicy, SplitConfig, WatchdogConfig,
+    AffinityConfig, Config, CoreChoice, DurableConfig, EngineConfig, HeadChoice, JournalChoice, ListenConfig,
+    LogConfig, LogFormat, ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig, SmtPolicy,
+    SplitConfig, WatchdogConfig,
 };

@@ -10,8 +10,8 @@ use toml::de::{DeTable, DeValue};
 use crate::problem::{ConfigErrors, LoadError};
 use crate::reader::{Problems, Refusal, Table};
 use crate::sections::{
-    AffinityConfig, Config, EngineConfig, ListenConfig, LogConfig, ModelConfig, QueueConfig, RestartConfig,
-    SplitConfig, WatchdogConfig,
+    AffinityConfig, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig, ModelConfig,
+    QueueConfig, RestartConfig, SplitConfig, WatchdogConfig,
 };
 use crate::{Choice, cpu_list, schema, values};
 
@@ -60,7 +60,7 @@ impl Config {
             split: root.section("split", split),
             affinity: root.section("affinity", affinity),
             engine: root.section("engine", engine),
-            queue: root.section("queue", queue),
+            queue: root.section("queue", |table| queue(table, base)),
             restart: root.section("restart", restart),
             watchdog: root.section("watchdog", watchdog),
             listen: root.section("listen", |table| listen(table, base)),
@@ -178,14 +178,34 @@ fn engine(table: &mut Table<'_, '_, '_>) -> EngineConfig {
     }
 }
 
-fn queue(table: &mut Table<'_, '_, '_>) -> QueueConfig {
+fn queue(table: &mut Table<'_, '_, '_>, base: &Path) -> QueueConfig {
     let default = QueueConfig::default();
+    let durable = default.durable;
+    let number = |table: &mut Table<'_, '_, '_>, key, max, default| {
+        table.get(key, |value| integer(value, 1..=max)).unwrap_or(default)
+    };
     QueueConfig {
         max_jobs: table.get("max_jobs", |value| integer(value, 1..=1_000_000)).unwrap_or(default.max_jobs),
         max_per_client: table
             .get("max_per_client", |value| integer(value, 1..=1_000_000))
             .unwrap_or(default.max_per_client),
         max_deaths: table.get("max_deaths", |value| integer(value, 1..=100)).unwrap_or(default.max_deaths),
+        journal: table.get("journal", |value| journal(value, base)).unwrap_or(default.journal),
+        durable: DurableConfig {
+            max_jobs: number(table, "durable_max_jobs", 1_000_000, durable.max_jobs),
+            max_per_client: number(table, "durable_max_per_client", 1_000_000, durable.max_per_client),
+            max_mib: number(table, "durable_max_mib", 1 << 20, durable.max_mib),
+            per_worker: number(table, "durable_per_worker", 256, durable.per_worker),
+            results_max: number(table, "results_max", 1_000_000, durable.results_max),
+            results_keep: table.get("results_keep", positive).unwrap_or(durable.results_keep),
+        },
+    }
+}
+
+fn journal(value: &DeValue<'_>, base: &Path) -> Result<JournalChoice, Refusal> {
+    match value.as_str() {
+        Some("off") => Ok(JournalChoice::Off),
+        _ => path(value, base).map(JournalChoice::At),
     }
 }
 

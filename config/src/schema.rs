@@ -98,6 +98,30 @@ pub const KEYS: &[Key] = &[
     key("queue", "max_jobs", "Jobs that wait, at most; the next one is refused as `overloaded`."),
     key("queue", "max_per_client", "Of those from one client, at most."),
     key("queue", "max_deaths", "A job that was on board of this many dying workers is given up."),
+    absent(
+        "queue",
+        "journal",
+        "\"/var/lib/bitnetd/jobs.redb\"",
+        "File that keeps durable jobs (`bitnetd submit`) and their results; \"off\": there are none. Without it jobs.redb in\n$STATE_DIRECTORY, else in /var/lib/bitnetd where that may be written, else in ~/.local/state/bitnetd.",
+    ),
+    key(
+        "queue",
+        "durable_max_jobs",
+        "Durable jobs that have not ended, at most; the next one is refused as `overloaded`.",
+    ),
+    key("queue", "durable_max_per_client", "Of those from one client, at most."),
+    key(
+        "queue",
+        "durable_max_mib",
+        "MiB of requests and answers that are kept, at most; beyond, new jobs are refused.",
+    ),
+    key(
+        "queue",
+        "durable_per_worker",
+        "Durable jobs on one worker at a time, at most, so that places are left for clients who wait for theirs.",
+    ),
+    key("queue", "results_max", "Results of durable jobs that are kept, at most; the oldest go first."),
+    key("queue", "results_keep", "How long the result of a durable job is kept."),
     key("restart", "max", "A worker slot that is restarted more often than this …"),
     key("restart", "window", "… within this time is given up, and the service is degraded."),
     key("restart", "backoff_min", "Wait before the first restart; it doubles with each further one …"),
@@ -134,7 +158,6 @@ pub const KEYS: &[Key] = &[
 
 /// Keys that are planned and refused until they do something, with what to do until then.
 pub(crate) const NOT_YET: &[(&str, &str)] = &[
-    ("queue.journal", "jobs are kept in memory; remove the key"),
     ("listen.http_socket", "clients speak the framed protocol on `listen.socket`; remove the key"),
     ("listen.http_tcp", "clients speak the framed protocol on `listen.socket`; remove the key"),
     (

@@ -182,11 +182,63 @@ pub struct QueueConfig {
     pub max_per_client: u32,
     /// Deaths with the same job on board after which the job is given up.
     pub max_deaths: u32,
+    /// Where durable jobs are kept.
+    pub journal: JournalChoice,
+    /// Limits of what is kept there.
+    pub durable: DurableConfig,
+}
+
+/// `queue.journal`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum JournalChoice {
+    /// In the state directory, see [`crate::Environment::journal`].
+    #[default]
+    Usual,
+    /// There are no durable jobs.
+    Off,
+    /// In this file.
+    At(PathBuf),
+}
+
+/// Keys of `[queue]` about durable jobs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DurableConfig {
+    /// Durable jobs that have not ended, at most.
+    pub max_jobs: u32,
+    /// Of those of one client, at most.
+    pub max_per_client: u32,
+    /// Mebibytes of requests and answers that are kept, at most.
+    pub max_mib: u32,
+    /// Durable jobs on one worker at a time, at most.
+    pub per_worker: u32,
+    /// Ended jobs whose results are kept, at most.
+    pub results_max: u32,
+    /// How long a result is kept.
+    pub results_keep: Duration,
+}
+
+impl Default for DurableConfig {
+    fn default() -> Self {
+        Self {
+            max_jobs: 100_000,
+            max_per_client: 50_000,
+            max_mib: 1024,
+            per_worker: 4,
+            results_max: 100_000,
+            results_keep: Duration::from_secs(7 * 24 * 3600),
+        }
+    }
 }
 
 impl Default for QueueConfig {
     fn default() -> Self {
-        Self { max_jobs: 512, max_per_client: 64, max_deaths: 3 }
+        Self {
+            max_jobs: 512,
+            max_per_client: 64,
+            max_deaths: 3,
+            journal: JournalChoice::default(),
+            durable: DurableConfig::default(),
+        }
     }
 }
 

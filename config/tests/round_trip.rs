@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use bitnetd_config::{
-    AffinityConfig, Choice, Config, EngineConfig, ListenConfig, LogConfig, ModelConfig, QueueConfig,
-    RestartConfig, SplitConfig, WatchdogConfig,
+    AffinityConfig, Choice, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
+    ModelConfig, QueueConfig, RestartConfig, SplitConfig, WatchdogConfig,
 };
 use proptest::prelude::*;
 
@@ -43,6 +43,11 @@ prop_compose! {
         (head, split) in (choice(), split()),
         affinity in (cpus(9), choice(), choice(), choice()),
         (ctx, max_batch, prefill_chunk) in (prop::option::of(16..100_000_u32), 1..=256_u32, 1..=8192_u32),
+        journal in prop_oneof![
+            Just(JournalChoice::Usual),
+            Just(JournalChoice::Off),
+            "/[a-z /'\"]{1,20}x".prop_map(|path| JournalChoice::At(path.into())),
+        ],
         isa in prop::sample::select(vec!["auto", "scalar", "avx512-vnni"]),
         (backoff, watchdog, rest) in (durations(), durations(), durations()),
         (mode, ids) in (0..0o200_u32, prop::collection::vec(0..70_000_u32, 0..5)),
@@ -54,7 +59,20 @@ prop_compose! {
             split,
             affinity: AffinityConfig { reserve, smt, cores, numa },
             engine: EngineConfig { ctx, max_batch, prefill_chunk, isa: isa.into(), ..EngineConfig::default() },
-            queue: QueueConfig { max_jobs: max_batch, max_per_client: prefill_chunk, ..QueueConfig::default() },
+            queue: QueueConfig {
+                max_jobs: max_batch,
+                max_per_client: prefill_chunk,
+                max_deaths: 7,
+                journal: journal.clone(),
+                durable: DurableConfig {
+                    max_jobs: prefill_chunk,
+                    max_per_client: max_batch,
+                    max_mib: prefill_chunk,
+                    per_worker: max_batch,
+                    results_max: max_batch,
+                    results_keep: rest.0,
+                },
+            },
             restart: RestartConfig {
                 max: max_batch,
                 window: rest.0,

@@ -21,10 +21,10 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::event_loop::JobSink;
+use crate::event_loop::{JobSink, Submission};
 use crate::report::SERVER;
 use crate::service::{JobEvent, Service, UNREAD_EVENTS_MAX, overrun_error};
-use crate::state::{ClientId, JobId};
+use crate::state::{ClientId, JobId, Standing};
 
 /// A client says hello within this time.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -252,7 +252,9 @@ impl Connection {
             self.say(&ServerMessage::Error { id: None, error });
             return;
         }
-        match self.service.submit_to(self.client.clone(), request, self.sink.clone()).await {
+        let (client, standing) = (self.client.clone(), Standing::Attended);
+        let new = Submission { client, standing, request: Box::new(request) };
+        match self.service.submit_to(new, self.sink.clone()).await {
             Ok((job, seed)) => {
                 self.jobs.insert(id, job);
                 self.ids.insert(job, id);
@@ -264,12 +266,13 @@ impl Connection {
 
     fn pass_on(&mut self, job: JobId, event: JobEvent) {
         let Some(&id) = self.ids.get(&job) else { return };
-        if !matches!(event, JobEvent::Token(_)) {
+        if matches!(event, JobEvent::Done(_) | JobEvent::Failed(_)) {
             self.ids.remove(&job);
             self.jobs.remove(&id);
         }
         self.say(&match event {
             JobEvent::Token(token) => ServerMessage::Token { id, token },
+            JobEvent::WorkerDied { .. } => return, // Its client need not know.
             JobEvent::Done(done) => ServerMessage::Done { id, done },
             JobEvent::Failed(error) => ServerMessage::Error { id: Some(id), error },
         });

@@ -25,7 +25,7 @@ use crate::log;
 use crate::report;
 use crate::service::{JobEvent, ServiceSpec};
 use crate::state::{
-    Action, ClientId, Event, Generation, JobId, Note, Policy, Readiness, SlotId, State, StopSignal,
+    Action, ClientId, Event, Generation, JobId, Note, Policy, Readiness, SlotId, Standing, State, StopSignal,
     WorkerSaid,
 };
 
@@ -35,24 +35,20 @@ const EVENTS_MAX: usize = 1024;
 /// What the rest of the program wants.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Submit {
-        client: ClientId,
-        request: Box<GenerateRequest>,
-        sink: JobSink,
-        reply: oneshot::Sender<Result<(JobId, u64), WireError>>,
-    },
-    Cancel {
-        job: JobId,
-    },
-    Status {
-        reply: oneshot::Sender<StatusReport>,
-    },
-    Restart {
-        slot: SlotId,
-        reply: oneshot::Sender<Result<(), WireError>>,
-    },
+    Submit { new: Submission, sink: JobSink, reply: oneshot::Sender<Result<(JobId, u64), WireError>> },
+    Cancel { job: JobId },
+    Status { reply: oneshot::Sender<StatusReport> },
+    Restart { slot: SlotId, reply: oneshot::Sender<Result<(), WireError>> },
     Drain,
     Stop,
+}
+
+/// A job that somebody asks for.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub(crate) client: ClientId,
+    pub(crate) standing: Standing,
+    pub(crate) request: Box<GenerateRequest>,
 }
 
 /// How the service ended.
@@ -155,8 +151,8 @@ impl EventLoop {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Submit { client, request, sink, reply } => {
-                let answer = self.submit(client, *request, sink);
+            Command::Submit { new, sink, reply } => {
+                let answer = self.submit(new, sink);
                 if let Err(Ok((job, _))) = reply.send(answer) {
                     self.step(Event::JobCancelled { job });
                 }
@@ -175,19 +171,15 @@ impl EventLoop {
         }
     }
 
-    fn submit(
-        &mut self,
-        client: ClientId,
-        mut request: GenerateRequest,
-        sink: JobSink,
-    ) -> Result<(JobId, u64), WireError> {
+    fn submit(&mut self, new: Submission, sink: JobSink) -> Result<(JobId, u64), WireError> {
+        let Submission { client, standing, mut request } = new;
         self.last_job += 1;
         let job = self.last_job;
         // Below 2^53, so that a client in any language can hold it exactly.
         let seed = *request.sampling.seed.get_or_insert_with(|| self.seeds.hash_one(job) >> 11);
         self.sinks.insert(job, sink);
         self.answer = None;
-        self.step(Event::JobSubmitted { job, client, request: Arc::new(request) });
+        self.step(Event::JobSubmitted { job, client, standing, request: Arc::new(*request) });
         match self.answer.take().filter(|(of, _)| *of == job).map(|(_, answer)| answer) {
             Some(Ok(())) => Ok((job, seed)),
             Some(Err(error)) => {
@@ -241,6 +233,7 @@ impl EventLoop {
             Action::Accept { job } => self.answer = Some((job, Ok(()))),
             Action::Refuse { job, error } => self.answer = Some((job, Err(error))),
             Action::DeliverToken { job, token } => self.deliver(job, JobEvent::Token(token)),
+            Action::CountDeath { job, deaths } => self.deliver(job, JobEvent::WorkerDied { deaths }),
             Action::End { job, outcome } => {
                 let event = match outcome {
                     Ok(done) => JobEvent::Done(done),

@@ -15,10 +15,10 @@ use bitnetd_proto::status::StatusReport;
 use bitnetd_proto::worker_link::ModelSummary;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::event_loop::{Command, Ended, EventLoop, JobSink};
+use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
 use crate::report;
-use crate::state::{ClientId, JobId, Readiness};
+use crate::state::{ClientId, JobId, Readiness, Standing};
 
 /// Commands that wait for the event loop, at most; callers wait beyond.
 const COMMANDS_MAX: usize = 256;
@@ -137,20 +137,20 @@ impl Service {
     /// # Errors
     /// If it is refused: an invalid request, overload, a draining or degraded service.
     pub async fn submit(&self, client: ClientId, request: GenerateRequest) -> Result<Job, WireError> {
+        let standing = Standing::Attended;
+        self.submit_as(Submission { client, standing, request: Box::new(request) }).await
+    }
+
+    pub(crate) async fn submit_as(&self, new: Submission) -> Result<Job, WireError> {
         let (events_in, events) = mpsc::channel(UNREAD_EVENTS_MAX);
         let sink = JobSink { events: events_in, overrun: Arc::new(Notify::new()) };
-        let (job, seed) = self.submit_to(client, request, sink).await?;
+        let (job, seed) = self.submit_to(new, sink).await?;
         Ok(Job { job, seed, events, commands: self.commands.clone(), is_over: false })
     }
 
     /// Asks for a job whose events go into a channel that may serve several.
-    pub(crate) async fn submit_to(
-        &self,
-        client: ClientId,
-        request: GenerateRequest,
-        sink: JobSink,
-    ) -> Result<(JobId, u64), WireError> {
-        self.ask(|reply| Command::Submit { client, request: Box::new(request), sink, reply }).await?
+    pub(crate) async fn submit_to(&self, new: Submission, sink: JobSink) -> Result<(JobId, u64), WireError> {
+        self.ask(|reply| Command::Submit { new, sink, reply }).await?
     }
 
     /// Gives a job up. Its last event says so.
@@ -237,6 +237,11 @@ pub struct Job {
 pub enum JobEvent {
     /// One more token.
     Token(Token),
+    /// A worker died with it on board, the n-th in a row. Only said of durable jobs.
+    WorkerDied {
+        /// Deaths since its last token.
+        deaths: u32,
+    },
     /// It ended well; nothing follows.
     Done(Done),
     /// It failed; nothing follows.
@@ -256,7 +261,7 @@ impl Job {
             Some((_, event)) => event,
             None => JobEvent::Failed(overrun_error()),
         };
-        self.is_over = !matches!(event, JobEvent::Token(_));
+        self.is_over = matches!(event, JobEvent::Done(_) | JobEvent::Failed(_));
         Some(event)
     }
 }

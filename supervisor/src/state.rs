@@ -6,7 +6,7 @@
 //!
 //! Invariants, held by the property test in `state/tests.rs` after every event:
 //! * a slot has at most one live process; what an older generation says changes nothing;
-//! * a job is in one place (waiting, to be resumed, suspect, or on one slot) and ends exactly once;
+//! * a job is in one place (one of the two waiting lines, to be resumed, suspect, or on one slot) and ends exactly once;
 //! * the client gets tokens 0, 1, 2 … of each job, without gap or repetition;
 //! * no more jobs wait than the configuration allows.
 
@@ -28,9 +28,11 @@ mod slots; // One process after the other in each slot.
 mod tests;
 
 pub use events::ClientId;
-pub(crate) use events::{Action, Event, Generation, JobId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid};
-use jobs::JobRecord;
-use queue::WaitQueue;
+pub(crate) use events::{
+    Action, Event, Generation, JobId, Note, SlotId, Standing, StopSignal, WorkerExit, WorkerSaid,
+};
+use jobs::{JobRecord, NewJob};
+pub(crate) use queue::WaitQueue;
 pub(crate) use slots::Slot;
 use slots::Then;
 
@@ -82,6 +84,10 @@ pub(crate) struct State {
     jobs: BTreeMap<JobId, JobRecord>,
     /// Accepted, never on a worker.
     waiting: WaitQueue,
+    /// The same, of the journal.
+    durable: WaitQueue,
+    /// Attended jobs that went before a durable one that could have gone.
+    n_overtaken: u32,
     /// Lost their worker; they go first, since their clients are in the middle of an answer.
     resumed: BTreeSet<(Reverse<i8>, JobId)>,
     /// One death from being given up: each gets a worker to itself.
@@ -106,6 +112,8 @@ impl State {
             slots: (0..n_slots).map(Slot::new).collect(),
             jobs: BTreeMap::new(),
             waiting: WaitQueue::default(),
+            durable: WaitQueue::default(),
+            n_overtaken: 0,
             resumed: BTreeSet::new(),
             suspects: VecDeque::new(),
             deadlines: BTreeSet::new(),
@@ -122,7 +130,9 @@ impl State {
     pub(crate) fn handle(&mut self, event: Event, now: Duration) -> Vec<Action> {
         self.forgive_own_pause(now);
         match event {
-            Event::JobSubmitted { job, client, request } => self.submit(job, client, request, now),
+            Event::JobSubmitted { job, client, standing, request } => {
+                self.submit(NewJob { job, client, standing, request }, now);
+            }
             Event::JobCancelled { job } => {
                 let error = WireError::new(ErrorCode::Cancelled, "the job was cancelled");
                 self.give_up(job, error);
@@ -204,6 +214,10 @@ impl State {
     fn drain(&mut self, now: Duration) {
         if self.service == Service::Running {
             self.service = Service::Draining { until: now + self.policy.restart.drain_timeout };
+            // What has not begun goes on after the next start.
+            while let Some(job) = self.durable.pop() {
+                self.give_up(job, WireError::new(ErrorCode::Draining, "the service is stopping"));
+            }
             self.note(Note::Draining { n_jobs: self.jobs.len() });
         }
     }

@@ -145,6 +145,7 @@ pub(crate) async fn finish(job: &mut Job, first: u32) -> (Vec<u32>, Result<Done,
                 assert_eq!(next(job).await, None);
                 return (ids, Ok(done));
             }
+            JobEvent::WorkerDied { .. } => panic!("said of a job that is not durable"),
             JobEvent::Failed(error) => {
                 assert_eq!(next(job).await, None);
                 return (ids, Err(error));

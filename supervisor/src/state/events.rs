@@ -28,11 +28,24 @@ pub enum ClientId {
     Key(String),
 }
 
+/// Who waits for a job, and so which line it stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// A client reads along. Bounded by `queue.max_jobs` and `queue.max_per_client`.
+    Attended,
+    #[cfg_attr(not(test), expect(dead_code, reason = "the journal is the next step"))]
+    /// The journal holds it; whoever feeds it bounds how many there are. It goes after those that are attended.
+    Durable {
+        /// Workers that died with it on board since its last token, before this supervisor lived.
+        deaths: u32,
+    },
+}
+
 /// What happened.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
-    /// A client asks for a job. Answered with `Accept` or `Refuse`.
-    JobSubmitted { job: JobId, client: ClientId, request: Arc<GenerateRequest> },
+    /// Somebody asks for a job. Answered with `Accept` or `Refuse`.
+    JobSubmitted { job: JobId, client: ClientId, standing: Standing, request: Arc<GenerateRequest> },
     /// The client gave a job up, or went away.
     JobCancelled { job: JobId },
     /// `Spawn` was carried out.
@@ -81,6 +94,8 @@ pub(crate) enum Action {
     Refuse { job: JobId, error: WireError },
     /// Hand the client one more token.
     DeliverToken { job: JobId, token: Token },
+    /// A worker died with a durable job on board, the n-th in a row; the journal counts along.
+    CountDeath { job: JobId, deaths: u32 },
     /// Hand the client the end of its job. Nothing follows.
     End { job: JobId, outcome: Result<Done, WireError> },
     /// Start a process. The slot has none now.

@@ -8,18 +8,20 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::request::{GenerateRequest, Prompt};
 
-use super::events::{Action, ClientId, JobId, Note, SlotId};
+use super::events::{Action, ClientId, JobId, Note, SlotId, Standing};
 use super::slots::Then;
 use super::{Service, Slot, State};
 
 /// A job that dies with its worker this many times `queue.max_deaths` is given up even if it makes progress in
 /// between, so that one that costs a worker for each token does not go on for long.
 const DEATHS_IN_ALL_FACTOR: u32 = 16;
+/// A durable job that could go is overtaken by this many attended ones, at most.
+const OVERTAKEN_MAX: u32 = 7;
 
 /// Where a job is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// In `State::waiting`.
+    /// In `State::waiting`, or in `State::durable`.
     Waiting,
     /// In `State::resumed`.
     Resumed,
@@ -29,11 +31,21 @@ pub(super) enum Place {
     OnSlot(SlotId),
 }
 
+/// A job that is asked for.
+#[derive(Debug)]
+pub(super) struct NewJob {
+    pub(super) job: JobId,
+    pub(super) client: ClientId,
+    pub(super) standing: Standing,
+    pub(super) request: Arc<GenerateRequest>,
+}
+
 /// An accepted job.
 #[derive(Debug)]
 pub(super) struct JobRecord {
     pub(super) client: ClientId,
     pub(super) request: Arc<GenerateRequest>,
+    pub(super) is_durable: bool,
     pub(super) place: Place,
     /// Ids of the tokens the client has; what a new worker resumes after.
     pub(super) delivered: Vec<u32>,
@@ -48,6 +60,19 @@ pub(super) struct JobRecord {
     first_token_at: Option<Duration>,
     last_token_at: Option<Duration>,
     deadline: Option<Duration>,
+}
+
+impl Standing {
+    fn is_durable(self) -> bool {
+        self != Self::Attended
+    }
+
+    fn deaths(self) -> u32 {
+        match self {
+            Self::Attended => 0,
+            Self::Durable { deaths } => deaths,
+        }
+    }
 }
 
 impl JobRecord {
@@ -97,14 +122,9 @@ fn prompt_tokens_guess(prompt: &Prompt) -> u64 {
 }
 
 impl State {
-    pub(super) fn submit(
-        &mut self,
-        job: JobId,
-        client: ClientId,
-        request: Arc<GenerateRequest>,
-        now: Duration,
-    ) {
-        if let Err(error) = self.admit(&client, &request) {
+    pub(super) fn submit(&mut self, new: NewJob, now: Duration) {
+        let NewJob { job, client, standing, request } = new;
+        if let Err(error) = self.admit(&client, standing, &request) {
             self.totals.refused += 1;
             self.note(Note::JobRefused { client, error: error.clone() });
             self.actions.push(Action::Refuse { job, error });
@@ -115,14 +135,16 @@ impl State {
         if let Some(at) = deadline {
             self.deadlines.insert((at, job));
         }
-        self.waiting.push(client.clone(), request.priority, job);
+        let place = self.first_place(job, &client, standing, request.priority);
+        let deaths = standing.deaths();
         let record = JobRecord {
             client,
             request,
-            place: Place::Waiting,
+            is_durable: standing.is_durable(),
+            place,
             delivered: Vec::new(),
-            deaths_in_row: 0,
-            deaths: 0,
+            deaths_in_row: deaths,
+            deaths,
             dispatches: 0,
             is_prefilling: true,
             accepted_at: now,
@@ -135,7 +157,28 @@ impl State {
         self.actions.push(Action::Accept { job });
     }
 
-    fn admit(&self, client: &ClientId, request: &GenerateRequest) -> Result<(), WireError> {
+    /// Where a new job waits. A durable one that was on board of deaths before is a suspect from the start.
+    fn first_place(&mut self, job: JobId, client: &ClientId, standing: Standing, priority: i8) -> Place {
+        if standing.deaths() > 0 && self.is_suspect(standing.deaths()) {
+            self.suspects.push_back(job);
+            return Place::Suspect;
+        }
+        let line = if standing.is_durable() { &mut self.durable } else { &mut self.waiting };
+        line.push(client.clone(), priority, job);
+        Place::Waiting
+    }
+
+    /// One more death, and the job is given up.
+    fn is_suspect(&self, deaths_in_row: u32) -> bool {
+        deaths_in_row > 0 && deaths_in_row + 1 >= self.policy.queue.max_deaths.max(1)
+    }
+
+    fn admit(
+        &self,
+        client: &ClientId,
+        standing: Standing,
+        request: &GenerateRequest,
+    ) -> Result<(), WireError> {
         if self.service != Service::Running {
             return Err(WireError::new(ErrorCode::Draining, "the service is stopping and takes no new jobs")
                 .with_retry_after_ms(1000));
@@ -144,6 +187,9 @@ impl State {
             return Err(self.degraded_error());
         }
         request.validate()?;
+        if standing.is_durable() {
+            return Ok(());
+        }
         let max_jobs = self.policy.queue.max_jobs as usize;
         if self.waiting.len() >= max_jobs {
             return Err(WireError::new(
@@ -180,12 +226,33 @@ impl State {
     pub(super) fn dispatch(&mut self, now: Duration) {
         let held = self.dispatch_suspects(now);
         while let Some(slot) = self.least_loaded_slot(held) {
-            let Some(job) = self.resumed.pop_first().map(|(_, job)| job).or_else(|| self.waiting.pop())
-            else {
+            if let Some((_, job)) = self.resumed.pop_first() {
+                self.place(job, slot, now);
+            } else if self.durable_has_its_turn() && self.dispatch_durable(held, now) {
+                self.n_overtaken = 0;
+            } else if let Some(job) = self.waiting.pop() {
+                self.n_overtaken = (self.n_overtaken + u32::from(self.durable.len() > 0)).min(OVERTAKEN_MAX);
+                self.place(job, slot, now);
+            } else {
                 return;
-            };
-            self.place(job, slot, now);
+            }
         }
+    }
+
+    /// Durable jobs go when nobody waits for a place, and now and then in between.
+    fn durable_has_its_turn(&self) -> bool {
+        self.durable.len() > 0 && (self.waiting.len() == 0 || self.n_overtaken >= OVERTAKEN_MAX)
+    }
+
+    /// Gives one durable job to the worker with the least to do, among those that have room for one more of them.
+    fn dispatch_durable(&mut self, held: Option<SlotId>, now: Duration) -> bool {
+        let n_max = self.policy.queue.durable.per_worker.clamp(1, self.policy.max_batch.max(1)) as usize;
+        let is_durable = |job: &JobId| self.jobs.get(job).is_some_and(|record| record.is_durable);
+        let has_room = |slot: &Slot| slot.jobs.iter().filter(|job| is_durable(job)).count() < n_max;
+        let Some(slot) = self.least_loaded_of(held, has_room) else { return false };
+        let Some(job) = self.durable.pop() else { return false };
+        self.place(job, slot, now);
+        true
     }
 
     /// Suspects run alone. While one waits, the emptiest worker gets nothing new, until it is empty.
@@ -207,11 +274,15 @@ impl State {
     }
 
     fn least_loaded_slot(&self, held: Option<SlotId>) -> Option<SlotId> {
+        self.least_loaded_of(held, |_| true)
+    }
+
+    fn least_loaded_of(&self, held: Option<SlotId>, may: impl Fn(&Slot) -> bool) -> Option<SlotId> {
         let max_batch = self.policy.max_batch.max(1) as usize;
         self.slots
             .iter()
             .filter(|slot| slot.is_ready() && slot.alone.is_none() && Some(slot.id) != held)
-            .filter(|slot| slot.jobs.len() < max_batch)
+            .filter(|slot| slot.jobs.len() < max_batch && may(slot))
             .min_by_key(|slot| (self.outstanding_tokens(slot), slot.id))
             .map(|slot| slot.id)
     }
@@ -303,6 +374,9 @@ impl State {
             self.end(job, Err(WireError::new(ErrorCode::Poisoned, text)));
             return;
         }
+        if is_death && record.is_durable {
+            self.actions.push(Action::CountDeath { job, deaths: in_row });
+        }
         if in_row > 0 && in_row + 1 >= max_deaths {
             record.place = Place::Suspect;
             self.suspects.push_back(job);
@@ -350,7 +424,10 @@ impl State {
     fn end(&mut self, job: JobId, outcome: Result<Done, WireError>) {
         let Some(record) = self.jobs.remove(&job) else { return };
         match record.place {
-            Place::Waiting => self.waiting.remove(&record.client, record.request.priority, job),
+            Place::Waiting => {
+                let line = if record.is_durable { &mut self.durable } else { &mut self.waiting };
+                line.remove(&record.client, record.request.priority, job);
+            }
             Place::Resumed => {
                 self.resumed.remove(&(record.priority(), job));
             }

@@ -7,7 +7,7 @@ use super::{ClientId, JobId};
 
 /// Jobs that wait. Higher priorities go first; within one, each client in turn gives its oldest.
 #[derive(Clone, Debug, Default)]
-pub(super) struct WaitQueue {
+pub(crate) struct WaitQueue {
     lanes: BTreeMap<Reverse<i8>, Lane>,
     n_of_client: HashMap<ClientId, usize>,
     n_jobs: usize,
@@ -23,15 +23,15 @@ struct Lane {
 }
 
 impl WaitQueue {
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.n_jobs
     }
 
-    pub(super) fn len_of(&self, client: &ClientId) -> usize {
+    pub(crate) fn len_of(&self, client: &ClientId) -> usize {
         self.n_of_client.get(client).copied().unwrap_or(0)
     }
 
-    pub(super) fn push(&mut self, client: ClientId, priority: i8, job: JobId) {
+    pub(crate) fn push(&mut self, client: ClientId, priority: i8, job: JobId) {
         let lane = self.lanes.entry(Reverse(priority)).or_default();
         let of_client = lane.jobs.entry(client.clone()).or_default();
         if of_client.is_empty() {
@@ -42,7 +42,7 @@ impl WaitQueue {
         self.n_jobs += 1;
     }
 
-    pub(super) fn pop(&mut self) -> Option<JobId> {
+    pub(crate) fn pop(&mut self) -> Option<JobId> {
         let mut entry = self.lanes.first_entry()?;
         let lane = entry.get_mut();
         let client = lane.turns.pop_front()?;
@@ -61,7 +61,7 @@ impl WaitQueue {
     }
 
     /// Takes out one job, wherever it stands.
-    pub(super) fn remove(&mut self, client: &ClientId, priority: i8, job: JobId) {
+    pub(crate) fn remove(&mut self, client: &ClientId, priority: i8, job: JobId) {
         let Some(lane) = self.lanes.get_mut(&Reverse(priority)) else { return };
         let Some(of_client) = lane.jobs.get_mut(client) else { return };
         let Some(place) = of_client.iter().position(|&waiting| waiting == job) else { return };

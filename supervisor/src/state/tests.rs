@@ -1,6 +1,6 @@
 //! Random histories against a small model of the world, and the rules one by one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::event::{FinishReason, Timings, Usage};
@@ -14,7 +14,7 @@ mod rules; // Each rule by an example.
 
 fn policy() -> Policy {
     Policy {
-        queue: QueueConfig { max_jobs: 6, max_per_client: 4, max_deaths: 3 },
+        queue: QueueConfig { max_jobs: 6, max_per_client: 4, max_deaths: 3, ..QueueConfig::default() },
         restart: RestartConfig { max: 4, window: Duration::from_secs(30), ..RestartConfig::default() },
         watchdog: WatchdogConfig::default(),
         max_batch: 2,
@@ -63,6 +63,8 @@ struct World {
     processes: BTreeMap<SlotId, Process>,
     /// Jobs that are accepted and not ended: tokens delivered so far.
     open: HashMap<JobId, u32>,
+    /// Which jobs were submitted as durable.
+    durable: BTreeSet<JobId>,
     /// Submitted and not answered.
     asked: Option<JobId>,
     n_ended: u64,
@@ -86,6 +88,7 @@ impl World {
             n_jobs: 0,
             processes: BTreeMap::new(),
             open: HashMap::new(),
+            durable: BTreeSet::new(),
             asked: None,
             n_ended: 0,
             is_stopped: false,
@@ -137,6 +140,9 @@ impl World {
                 assert!(self.processes.insert(slot, process).is_none(), "two processes in slot {slot}");
                 self.spawned.push((slot, generation));
             }
+            Action::CountDeath { job, deaths } => {
+                assert!(self.durable.contains(&job) && deaths > 0 && self.open.contains_key(&job));
+            }
             Action::SendJob { slot, generation, job, request, resume } => {
                 assert_eq!(resume.len(), self.open[&job] as usize, "job {job} resumes at the wrong token");
                 let process = self.processes.get_mut(&slot).expect("a job for no process");
@@ -171,7 +177,8 @@ impl World {
         let totals = state.totals;
         assert_eq!(totals.completed + totals.failed + totals.cancelled, self.n_ended);
         let on_slots: usize = state.slots.iter().map(Slot::n_jobs).sum();
-        let elsewhere = state.waiting.len() + state.resumed.len() + state.suspects.len();
+        let waiting = state.waiting.len() + state.durable.len();
+        let elsewhere = waiting + state.resumed.len() + state.suspects.len();
         assert_eq!(on_slots + elsewhere, state.jobs.len(), "a job is in two places or in none");
         for slot in &state.slots {
             assert!(slot.jobs.is_empty() || slot.is_ready(), "jobs on a slot that is not ready");
@@ -195,10 +202,18 @@ impl World {
     }
 
     fn submit(&mut self, client: u32, request: GenerateRequest) -> JobId {
+        self.submit_as(Standing::Attended, client, request)
+    }
+
+    fn submit_as(&mut self, standing: Standing, client: u32, request: GenerateRequest) -> JobId {
         self.n_jobs += 1;
         let job = self.n_jobs;
         self.asked = Some(job);
-        self.send(Event::JobSubmitted { job, client: ClientId::Uid(client), request: request.into() });
+        if standing != Standing::Attended {
+            self.durable.insert(job);
+        }
+        let client = ClientId::Uid(client);
+        self.send(Event::JobSubmitted { job, client, standing, request: request.into() });
         job
     }
 
@@ -243,6 +258,7 @@ impl World {
 #[derive(Clone, Debug)]
 enum Step {
     Submit { client: u32, max_tokens: u32, priority: i8, deadline_ms: Option<u64> },
+    SubmitDurable { client: u32, max_tokens: u32, deaths: u32 },
     Cancel(JobId),
     Ready(SlotId),
     Token(SlotId, usize),
@@ -265,6 +281,8 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (0..3_u32, 1..4_u32, -1..2_i8, proptest::option::weighted(0.2, 1..20_000_u64)).prop_map(
             |(client, max_tokens, priority, deadline_ms)| Step::Submit { client, max_tokens, priority, deadline_ms }
         ),
+        3 => (0..3_u32, 1..4_u32, 0..4_u32)
+            .prop_map(|(client, max_tokens, deaths)| Step::SubmitDurable { client, max_tokens, deaths }),
         1 => (0..40_u64).prop_map(Step::Cancel),
         4 => slot().prop_map(Step::Ready),
         8 => (slot(), 0..2_usize).prop_map(|(slot, n)| Step::Token(slot, n)),
@@ -286,6 +304,9 @@ fn take(world: &mut World, step: Step) {
     match step {
         Step::Submit { client, max_tokens, priority, deadline_ms } => {
             world.submit(client, GenerateRequest { priority, deadline_ms, ..request(max_tokens) });
+        }
+        Step::SubmitDurable { client, max_tokens, deaths } => {
+            world.submit_as(Standing::Durable { deaths }, client, request(max_tokens));
         }
         Step::Cancel(job) => {
             world.send(Event::JobCancelled { job });

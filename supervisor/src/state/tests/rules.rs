@@ -252,3 +252,56 @@ fn a_drain_ends_at_its_deadline() {
     world.die(0, exit(None, Some(9)));
     assert!(world.is_stopped);
 }
+
+const DURABLE: Standing = Standing::Durable { deaths: 0 };
+
+#[test]
+fn durable_jobs_leave_places_for_those_who_wait() {
+    let mut world = World::ready(Policy { max_batch: 8, ..policy() }, 2);
+    let durable: Vec<JobId> = (0..20).map(|_| world.submit_as(DURABLE, 1, request(3))).collect();
+    let n_on_slots = durable.iter().filter(|job| slot_of(&world, **job).is_some()).count();
+    assert_eq!(n_on_slots, 8, "four on each of two workers");
+    let attended = world.submit(2, request(3));
+    assert!(slot_of(&world, attended).is_some());
+    assert_eq!((world.state.n_queued(), world.state.durable.len()), (0, 12));
+}
+
+#[test]
+fn attended_jobs_go_first_and_durable_ones_are_not_starved() {
+    let policy = policy();
+    let queue = QueueConfig { max_jobs: 1000, max_per_client: 1000, ..policy.queue.clone() };
+    let mut world = World::ready(Policy { max_batch: 1, queue, ..policy }, 1);
+    let first = world.submit(1, request(1));
+    let durable = world.submit_as(DURABLE, 2, request(1));
+    let mut order = Vec::new();
+    for _ in 0..30 {
+        world.submit(1, request(1));
+        if let Some(&job) = world.processes[&0].jobs.keys().next() {
+            order.push(job);
+        }
+        world.say_token(0, 0);
+        world.say_token(0, 0);
+    }
+    assert_eq!(order[0], first);
+    assert_eq!(order.iter().position(|&job| job == durable), Some(8), "{order:?}");
+}
+
+#[test]
+fn a_durable_job_that_saw_deaths_before_runs_alone_and_is_given_up_at_the_limit() {
+    let mut world = World::ready(Policy { max_batch: 4, ..policy() }, 1);
+    let poison = world.submit_as(Standing::Durable { deaths: 2 }, 1, request(3));
+    let neighbour = world.submit(1, request(3));
+    assert_eq!((slot_of(&world, poison), slot_of(&world, neighbour)), (Some(0), None));
+    world.die(0, exit(None, Some(6)));
+    assert_eq!(last_end(&world), Some(ErrorCode::Poisoned));
+    assert!(world.open.contains_key(&neighbour));
+}
+
+#[test]
+fn a_drain_gives_back_durable_jobs_that_have_not_begun() {
+    let mut world = World::ready(policy(), 1);
+    let jobs: Vec<JobId> = (0..5).map(|_| world.submit_as(DURABLE, 1, request(3))).collect();
+    world.send(Event::DrainRequested);
+    let left: Vec<JobId> = jobs.iter().copied().filter(|job| world.open.contains_key(job)).collect();
+    assert_eq!((left, last_end(&world)), (jobs[..2].to_vec(), Some(ErrorCode::Draining)));
+}
