@@ -127,6 +127,7 @@ impl From<WireError> for CliError {
             ErrorCode::EmptyPrompt | ErrorCode::ContextExceeded => ExitCode::Data,
             ErrorCode::PermissionDenied => ExitCode::Permission,
             ErrorCode::Overloaded | ErrorCode::Draining => ExitCode::Temporary,
+            ErrorCode::JournalUnavailable => ExitCode::Os,
             ErrorCode::UnsupportedVersion | ErrorCode::Degraded => ExitCode::Unavailable,
             ErrorCode::Internal | ErrorCode::BadMessage | ErrorCode::FrameTooLarge => ExitCode::Software,
             ErrorCode::NotFound

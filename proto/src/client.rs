@@ -18,6 +18,10 @@ use crate::handshake::{check_welcome, client_hello};
 use crate::request::GenerateRequest;
 use crate::status::StatusReport;
 
+mod jobs; // Durable jobs.
+
+pub use jobs::{JobFilter, Submission, Submitted};
+
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -195,6 +199,10 @@ fn is_about_an_earlier_job(message: &ServerMessage, current: u64) -> bool {
         ServerMessage::Accepted { id, .. }
         | ServerMessage::Token { id, .. }
         | ServerMessage::Done { id, .. }
+        | ServerMessage::Submitted { id, .. }
+        | ServerMessage::Jobs { id, .. }
+        | ServerMessage::Result { id, .. }
+        | ServerMessage::Job { id, .. }
         | ServerMessage::Error { id: Some(id), .. } => *id != current,
         _ => false,
     }

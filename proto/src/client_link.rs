@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::durable::{JobRecord, JobState, JobSummary};
 use crate::error::WireError;
 use crate::event::{Done, Token};
 use crate::request::GenerateRequest;
@@ -32,6 +33,54 @@ pub enum ClientMessage {
     Cancel {
         /// Name of the job on this connection.
         id: u64,
+    },
+    /// Asks for a durable job: one that is on disk before it is acknowledged, and survives everything.
+    Submit {
+        /// Name of the question on this connection.
+        id: u64,
+        /// The client's name of the job: the same key of the same client is the same job.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        key: Option<String>,
+        /// What to do.
+        request: Box<GenerateRequest>,
+    },
+    /// Asks for a list of durable jobs, the newest first.
+    Jobs {
+        /// Name of the question on this connection.
+        id: u64,
+        /// Only those in this state.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        state: Option<JobState>,
+        /// Only those with a lower number.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        before: Option<u64>,
+        /// So many at most; 100 if it is left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limit: Option<u32>,
+    },
+    /// Asks for a durable job as it is now.
+    Result {
+        /// Name of the question on this connection.
+        id: u64,
+        /// Number of the job.
+        job: u64,
+    },
+    /// The same, answered when the job has ended, or when the time is over.
+    Wait {
+        /// Name of the question on this connection.
+        id: u64,
+        /// Number of the job.
+        job: u64,
+        /// Longest wait.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        timeout_ms: Option<u64>,
+    },
+    /// Gives a durable job up. Answered with the job as it is then: it may have ended before.
+    CancelJob {
+        /// Name of the question on this connection.
+        id: u64,
+        /// Number of the job.
+        job: u64,
     },
     /// Asks for a [`StatusReport`].
     Status,
@@ -81,6 +130,40 @@ pub enum ServerMessage {
         id: u64,
         /// How it ended.
         done: Done,
+    },
+    /// Answer to `Submit`: the job is on disk.
+    Submitted {
+        /// The client's name of the question.
+        id: u64,
+        /// Number of the job.
+        job: u64,
+        /// The seed that is used.
+        seed: u64,
+        /// False if the key named a job that was there already.
+        is_new: bool,
+    },
+    /// Answer to `Jobs`.
+    Jobs {
+        /// The client's name of the question.
+        id: u64,
+        /// The newest first.
+        jobs: Vec<JobSummary>,
+        /// True if there are more: ask again with `before` the last one.
+        has_more: bool,
+    },
+    /// Answer to `Result` and `Wait`.
+    Result {
+        /// The client's name of the question.
+        id: u64,
+        /// The job.
+        record: Box<JobRecord>,
+    },
+    /// Answer to `CancelJob`.
+    Job {
+        /// The client's name of the question.
+        id: u64,
+        /// The job.
+        summary: Box<JobSummary>,
     },
     /// A job failed or was refused (`id`), or the connection did something wrong (no `id`).
     Error {

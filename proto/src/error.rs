@@ -33,6 +33,8 @@ pub enum ErrorCode {
     /// No worker can take work now (all failed).
     Degraded,
     // The server's fault.
+    /// The journal of durable jobs cannot be written, or there is none.
+    JournalUnavailable,
     /// The job was on board of several worker deaths and is given up.
     Poisoned,
     /// A bug or an operating-system failure; the log has the details.
@@ -45,7 +47,7 @@ impl ErrorCode {
     /// True if the same request may succeed later.
     #[must_use]
     pub fn is_retryable(self) -> bool {
-        matches!(self, Self::Overloaded | Self::Draining | Self::Degraded)
+        matches!(self, Self::Overloaded | Self::Draining | Self::Degraded | Self::JournalUnavailable)
     }
 }
 

@@ -8,6 +8,7 @@
 
 pub mod client; // The blocking client that the command line uses.
 pub mod client_link; // Client <-> supervisor.
+pub mod durable; // Jobs that survive everything.
 pub mod error; // What a failure looks like on the wire.
 pub mod event; // What comes back, token by token.
 pub mod exit_code;

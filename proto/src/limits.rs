@@ -41,5 +41,17 @@ pub const REPETITION_PENALTY_MAX: f32 = 100.0;
 pub const PENALTY_ABS_MAX: f32 = 100.0;
 /// Tokens the penalties look back on, at most.
 pub const PENALTY_LAST_N_MAX: u32 = 2 * MAX_TOKENS_MAX;
+/// Length of the key of a durable job, at most.
+pub const JOB_KEY_BYTES_MAX: usize = 128;
+/// Tokens of a durable job's answer, at most.
+pub const DURABLE_TOKENS_MAX: u32 = 32_768;
+/// Log-probabilities of a durable job's answer, at most: (likeliest ones + 1) for each token.
+pub const DURABLE_LOGPROBS_MAX: u64 = 16_384;
+/// Length of a durable job's answer as JSON, at most; with its request it fits a frame.
+pub const JOB_ANSWER_BYTES_MAX: usize = FRAME_BYTES_MAX - REQUEST_FRAME_BYTES_MAX - (64 << 10);
+/// Jobs in one answer to `jobs`, at most.
+pub const JOBS_LISTED_MAX: u32 = 1000;
+/// Durable questions of one connection that wait for their answer, at most.
+pub const PENDING_QUESTIONS_MAX: usize = 256;
 /// Deadline of a job, at most: seven days.
 pub const DEADLINE_MS_MAX: u64 = 7 * 24 * 3600 * 1000;

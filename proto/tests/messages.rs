@@ -41,6 +41,7 @@ fn the_specification_names_every_error_code() {
         ErrorCode::DeadlineExceeded,
         ErrorCode::Degraded,
         ErrorCode::Poisoned,
+        ErrorCode::JournalUnavailable,
         ErrorCode::Internal,
         ErrorCode::Cancelled,
     ];

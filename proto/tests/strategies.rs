@@ -1,6 +1,7 @@
 //! Random messages of every kind.
 
 use bitnetd_proto::client_link::{ClientMessage, ServerMessage};
+use bitnetd_proto::durable::{JobAnswer, JobRecord, JobState, JobSummary};
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, FinishReason, Timings, Token, TokenLogprobs, Usage};
 use bitnetd_proto::exit_code::ExitCode;
@@ -115,12 +116,66 @@ fn wire_error() -> impl Strategy<Value = WireError> {
         .prop_map(|(code, message, hint, retry_after_ms)| WireError { code, message, hint, retry_after_ms })
 }
 
+fn job_state() -> impl Strategy<Value = JobState> {
+    prop::sample::select(JobState::ALL.to_vec())
+}
+
+fn summary() -> impl Strategy<Value = JobSummary> {
+    let texts = (text(), option::of(text()), text(), option::of(wire_error()));
+    (job_state(), texts, any::<(u64, u64, Option<u64>)>(), any::<(i8, u32, u32, Option<u32>)>()).prop_map(
+        |(state, (owner, key, prompt, error), (job, submitted_ms, ended_ms), n)| JobSummary {
+            job,
+            state,
+            owner,
+            key,
+            submitted_ms,
+            ended_ms,
+            priority: n.0,
+            starts: n.1,
+            deaths: n.2,
+            prompt,
+            tokens: n.3,
+            error,
+        },
+    )
+}
+
+fn record() -> impl Strategy<Value = JobRecord> {
+    let answer = (text(), vec(token(), 0..4), done()).prop_map(|(text, tokens, done)| JobAnswer {
+        text,
+        token_ids: tokens.iter().map(|token| token.id).collect(),
+        logprobs: tokens.into_iter().filter_map(|token| token.logprobs).collect(),
+        finish_reason: done.finish_reason,
+        usage: done.usage,
+        timings: done.timings,
+    });
+    (summary(), request(), option::of(answer)).prop_map(|(summary, request, answer)| JobRecord {
+        summary,
+        request,
+        answer,
+    })
+}
+
 pub(crate) fn client_message() -> impl Strategy<Value = ClientMessage> {
     prop_oneof![
         (any::<u32>(), text()).prop_map(|(version, client)| ClientMessage::Hello { version, client }),
         (any::<u64>(), request())
             .prop_map(|(id, request)| ClientMessage::Generate { id, request: Box::new(request) }),
         any::<u64>().prop_map(|id| ClientMessage::Cancel { id }),
+        (any::<u64>(), option::of(text()), request()).prop_map(|(id, key, request)| ClientMessage::Submit {
+            id,
+            key,
+            request: Box::new(request)
+        }),
+        (any::<u64>(), option::of(job_state()), any::<Option<u64>>(), any::<Option<u32>>())
+            .prop_map(|(id, state, before, limit)| ClientMessage::Jobs { id, state, before, limit }),
+        any::<(u64, u64)>().prop_map(|(id, job)| ClientMessage::Result { id, job }),
+        any::<(u64, u64, Option<u64>)>().prop_map(|(id, job, timeout_ms)| ClientMessage::Wait {
+            id,
+            job,
+            timeout_ms
+        }),
+        any::<(u64, u64)>().prop_map(|(id, job)| ClientMessage::CancelJob { id, job }),
         Just(ClientMessage::Status),
         any::<u32>().prop_map(|slot| ClientMessage::Restart { slot }),
     ]
@@ -132,6 +187,18 @@ pub(crate) fn server_message() -> impl Strategy<Value = ServerMessage> {
         (any::<u64>(), token()).prop_map(|(id, token)| ServerMessage::Token { id, token }),
         (any::<u64>(), done()).prop_map(|(id, done)| ServerMessage::Done { id, done }),
         (any::<Option<u64>>(), wire_error()).prop_map(|(id, error)| ServerMessage::Error { id, error }),
+        any::<(u64, u64, u64, bool)>().prop_map(|(id, job, seed, is_new)| ServerMessage::Submitted {
+            id,
+            job,
+            seed,
+            is_new
+        }),
+        (any::<u64>(), vec(summary(), 0..4), any::<bool>())
+            .prop_map(|(id, jobs, has_more)| ServerMessage::Jobs { id, jobs, has_more }),
+        (any::<u64>(), record())
+            .prop_map(|(id, record)| ServerMessage::Result { id, record: Box::new(record) }),
+        (any::<u64>(), summary())
+            .prop_map(|(id, summary)| ServerMessage::Job { id, summary: Box::new(summary) }),
         Just(ServerMessage::Ok),
     ]
 }

@@ -220,6 +220,16 @@ impl Connection {
                 }
                 return Ok(());
             }
+            ClientMessage::Submit { id, .. }
+            | ClientMessage::Jobs { id, .. }
+            | ClientMessage::Result { id, .. }
+            | ClientMessage::Wait { id, .. }
+            | ClientMessage::CancelJob { id, .. } => {
+                let error =
+                    WireError::new(ErrorCode::JournalUnavailable, "this daemon keeps no durable jobs");
+                self.say(&ServerMessage::Error { id: Some(id), error });
+                return Ok(());
+            }
             ClientMessage::Status => {
                 self.say(&ServerMessage::Status { report: Box::new(self.service.status().await) });
                 return Ok(());
