@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bitnetd_config::{Config, Environment};
-use bitnetd_proto::client::{Client, ClientError, GenerationEvent};
+use bitnetd_proto::client::{Client, ClientError, Generation, GenerationEvent};
+use bitnetd_proto::error::ErrorCode;
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::GenerateRequest;
 use clap::Args;
@@ -16,6 +17,12 @@ use crate::error::CliError;
 
 /// How long the daemon may take to answer (not to generate).
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same for a job, whose socket may be waiting for the next life of a service that finishes its work first.
+const JOB_ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+/// A job that came just as the service was told to end is offered again so often: systemd may be restarting it.
+const OFFERS_MAX: u32 = 3;
+/// Wait between two offers, at most.
+const OFFER_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Events that may wait for a slow reader of stdout.
 const EVENT_QUEUE_LEN_MAX: usize = 64;
 
@@ -61,8 +68,12 @@ fn is_socket(path: &Path) -> bool {
 
 /// Connects to the daemon at `socket`.
 pub(crate) fn connect(socket: &Path) -> Result<Client, CliError> {
+    connect_within(socket, ANSWER_TIMEOUT)
+}
+
+fn connect_within(socket: &Path, timeout: Duration) -> Result<Client, CliError> {
     let name = concat!("bitnetd-cli/", env!("CARGO_PKG_VERSION"));
-    Client::connect(socket, name, ANSWER_TIMEOUT).map_err(|error| {
+    Client::connect(socket, name, timeout).map_err(|error| {
         let hint = match &error {
             ClientError::Connect { source, .. } => match source.kind() {
                 std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
@@ -94,7 +105,7 @@ impl DaemonJob {
     pub(crate) fn start(socket: PathBuf, request: GenerateRequest) -> Result<Self, CliError> {
         let (sender, events) = mpsc::channel(EVENT_QUEUE_LEN_MAX);
         let follow = move || {
-            let outcome = connect(&socket).and_then(|mut client| follow(&mut client, &request, &sender));
+            let outcome = offer(&socket, &request, &sender);
             if let Err(error) = outcome {
                 // Nobody waits any more if this fails.
                 drop(sender.blocking_send(Err(error)));
@@ -108,13 +119,50 @@ impl DaemonJob {
     }
 }
 
-/// Passes events on until the job ends or nobody wants them.
-fn follow(
-    client: &mut Client,
+/// Has the job done. One that was refused because the service is ending was not begun, and is offered again: under a
+/// socket of systemd the next process takes it.
+fn offer(
+    socket: &Path,
     request: &GenerateRequest,
     sender: &mpsc::Sender<Result<AnswerEvent, CliError>>,
 ) -> Result<(), CliError> {
-    let mut generation = client.generate(request)?;
+    let mut n_offers = 1;
+    let mut refusal: Option<CliError> = None;
+    loop {
+        let mut client = match connect_within(socket, JOB_ANSWER_TIMEOUT) {
+            Ok(client) => client,
+            Err(error) => return Err(refusal.unwrap_or(error)),
+        };
+        match client.generate(request) {
+            Ok(generation) => return follow(generation, sender),
+            Err(error) if n_offers < OFFERS_MAX && is_ending(&error) => {
+                let pause = match &error {
+                    ClientError::Refused(error) => error.retry_after_ms.map(Duration::from_millis),
+                    _ => None,
+                };
+                refusal = Some(error.into());
+                std::thread::park_timeout(pause.unwrap_or_default().min(OFFER_PAUSE_MAX));
+                n_offers += 1;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Whether a service that was ending is why a job was not taken.
+fn is_ending(error: &ClientError) -> bool {
+    match error {
+        ClientError::Refused(error) => error.code == ErrorCode::Draining,
+        ClientError::Closed => true,
+        _ => false,
+    }
+}
+
+/// Passes events on until the job ends or nobody wants them.
+fn follow(
+    mut generation: Generation<'_>,
+    sender: &mpsc::Sender<Result<AnswerEvent, CliError>>,
+) -> Result<(), CliError> {
     let mut is_wanted = sender.blocking_send(Ok(AnswerEvent::Accepted { seed: generation.seed() })).is_ok();
     while is_wanted && let Some(event) = generation.next() {
         let event = match event? {

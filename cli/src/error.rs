@@ -11,7 +11,7 @@ use bitnetd_placement::PlanError;
 use bitnetd_proto::client::ClientError;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_supervisor::{ListenError, StartError};
+use bitnetd_supervisor::{ActivationError, ListenError, StartError};
 
 use crate::terminal;
 
@@ -107,6 +107,13 @@ impl CliError {
             return;
         }
         terminal::say(&self.to_string());
+    }
+}
+
+impl From<ActivationError> for CliError {
+    fn from(error: ActivationError) -> Self {
+        let hint = error.hint();
+        Self::with_code(error.exit_code(), error).hint(hint)
     }
 }
 

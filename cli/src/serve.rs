@@ -4,9 +4,9 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use bitnetd_config::{Config, Environment};
+use bitnetd_config::{Config, Environment, ServiceManager};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_supervisor::{Listener, Service};
+use bitnetd_supervisor::{Activation, Listener, Notifier, Service};
 use clap::Args;
 
 use crate::batch::SplitArgs;
@@ -42,6 +42,10 @@ pub(crate) struct ServeArgs {
 
 /// Runs the command. Sets up logging itself, because the configuration has a say in it.
 pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
+    // First of all, while the open files that systemd passes on are the only ones.
+    let manager = ServiceManager::read()
+        .map_err(|error| CliError::os("read what the service manager passes on", error))?;
+    let activation = Activation::take(&manager.inherited)?;
     let environment = Environment::read();
     let (mut config, origin) = load(args, &environment)?;
     logging::init_daemon(log, &config.log)?;
@@ -52,11 +56,8 @@ pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError
         Some(path) => tracing::info!(path = %path.display(), "configuration read"),
         None => tracing::info!("no configuration file: using the defaults"),
     }
-    let socket = match &config.listen.socket {
-        Some(path) => path.clone(),
-        None => usual_socket(&environment)?,
-    };
-    runtime::block_on(serve(config, &socket))
+    let notifier = Notifier::new(&manager);
+    runtime::block_on(serve(config, &environment, activation, notifier))
 }
 
 /// The place for the socket where nobody names one; its folder is made if it is not there.
@@ -92,14 +93,46 @@ fn load(args: &ServeArgs, environment: &Environment) -> Result<(Config, Option<P
     Ok((config, origin))
 }
 
-async fn serve(config: Config, socket: &Path) -> Result<ExitCode, CliError> {
+/// The sockets that systemd passes on, else one of our own.
+fn listeners(
+    config: &Config,
+    environment: &Environment,
+    activation: &mut Activation,
+) -> Result<Vec<Listener>, CliError> {
+    let sockets = std::mem::take(&mut activation.sockets);
+    if sockets.is_empty() {
+        let socket = match &config.listen.socket {
+            Some(path) => path.clone(),
+            None => usual_socket(environment)?,
+        };
+        return Ok(vec![Listener::bind(&socket, &config.listen)?]);
+    }
+    let mut listeners = Vec::new();
+    for (name, socket) in sockets {
+        listeners.push(Listener::inherit(&name, socket, &config.listen)?);
+    }
+    let is_other = |path: &&PathBuf| listeners.iter().all(|listener| listener.path() != path.as_path());
+    if let Some(path) = config.listen.socket.as_ref().filter(is_other) {
+        tracing::warn!(path = %path.display(), "`listen.socket` is not used: the service manager passes on another");
+    }
+    Ok(listeners)
+}
+
+async fn serve(
+    config: Config,
+    environment: &Environment,
+    mut activation: Activation,
+    notifier: Notifier,
+) -> Result<ExitCode, CliError> {
     let mut interrupt = Interrupt::listen()?; // Before anything announces that it is ready.
-    let listener = Listener::bind(socket, &config.listen)?;
-    let service = Service::start(local::service_spec(config)?).await?;
+    let listeners = listeners(&config, environment, &mut activation)?;
+    let socket = listeners.first().map(|listener| listener.path().to_owned()).unwrap_or_default();
+    let service = Service::start_under(local::service_spec(config)?, notifier).await?;
     // Clients are let in at once: they can ask for the status, and their jobs wait for the workers.
-    let serving = tokio::spawn(listener.serve(service.clone()));
+    let serving: Vec<_> =
+        listeners.into_iter().map(|listener| tokio::spawn(listener.serve(service.clone()))).collect();
     let outcome = tokio::select! {
-        outcome = live(&service, socket) => outcome,
+        outcome = live(&service, &socket) => outcome,
         () = interrupt.wait() => Ok(()),
     };
     if outcome.is_ok() {
@@ -111,7 +144,9 @@ async fn serve(config: Config, socket: &Path) -> Result<ExitCode, CliError> {
     }
     service.stop().await;
     let code = service.stopped().await;
-    serving.await.map_err(|error| CliError::with_code(ExitCode::Software, error))?;
+    for serving in serving {
+        serving.await.map_err(|error| CliError::with_code(ExitCode::Software, error))?;
+    }
     outcome.map(|()| code)
 }
 

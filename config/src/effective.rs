@@ -84,6 +84,10 @@ impl Config {
                 "timeout" => quoted(&values::format_duration(self.watchdog.timeout)),
                 _ => return None,
             }),
+            "service" => Some(match key.name {
+                "ready_workers" => self.service.ready_workers?.to_string(),
+                _ => return None,
+            }),
             "listen" => self.listen_value(key.name),
             "log" => Some(match key.name {
                 "format" => quoted(self.log.format.name()),

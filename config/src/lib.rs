@@ -14,6 +14,7 @@ mod problem; // What is wrong, and where.
 mod reader; // A TOML table that knows its path and collects problems.
 mod schema; // Every key there is, with its description.
 mod sections; // The typed configuration.
+mod service_manager; // What systemd says in the environment.
 pub mod values; // Durations and modes.
 
 pub use crate::choice::Choice;
@@ -23,6 +24,7 @@ pub use crate::problem::{ConfigErrors, LoadError, Problem};
 pub use crate::schema::{ISAS, KEYS, Key};
 pub use crate::sections::{
     AffinityConfig, Config, CoreChoice, DurableConfig, EngineConfig, HeadChoice, JournalChoice, ListenConfig,
-    LogConfig, LogFormat, ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig, SmtPolicy,
-    SplitConfig, WatchdogConfig,
+    LogConfig, LogFormat, ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig, ServiceConfig,
+    SmtPolicy, SplitConfig, WatchdogConfig,
 };
+pub use crate::service_manager::{InheritedFd, SERVICE_MANAGER_VARIABLES, ServiceManager};

@@ -11,7 +11,7 @@ use crate::problem::{ConfigErrors, LoadError};
 use crate::reader::{Problems, Refusal, Table};
 use crate::sections::{
     AffinityConfig, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig, ModelConfig,
-    QueueConfig, RestartConfig, SplitConfig, WatchdogConfig,
+    QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
 };
 use crate::{Choice, cpu_list, schema, values};
 
@@ -63,6 +63,7 @@ impl Config {
             queue: root.section("queue", |table| queue(table, base)),
             restart: root.section("restart", restart),
             watchdog: root.section("watchdog", watchdog),
+            service: root.section("service", service),
             listen: root.section("listen", |table| listen(table, base)),
             log: root.section("log", log),
         };
@@ -244,6 +245,10 @@ fn watchdog(table: &mut Table<'_, '_, '_>) -> WatchdogConfig {
         );
     }
     config
+}
+
+fn service(table: &mut Table<'_, '_, '_>) -> ServiceConfig {
+    ServiceConfig { ready_workers: table.get("ready_workers", |value| integer(value, 1..=COUNT_MAX)) }
 }
 
 fn listen(table: &mut Table<'_, '_, '_>, base: &Path) -> ListenConfig {

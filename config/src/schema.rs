@@ -33,6 +33,7 @@ pub(crate) const SECTIONS: &[(&str, &str)] = &[
     ("queue", "Which jobs are let in."),
     ("restart", "What happens when a worker dies, and when the service stops."),
     ("watchdog", "When a worker that does not answer counts as hung."),
+    ("service", "When the whole service counts as ready."),
     ("listen", "Where clients come in, and who may."),
     ("log", "What is written to stderr."),
 ];
@@ -133,6 +134,12 @@ pub const KEYS: &[Key] = &[
         "watchdog",
         "timeout",
         "A worker whose step loop has not answered for this long is killed and replaced.",
+    ),
+    absent(
+        "service",
+        "ready_workers",
+        "1",
+        "So many workers must be ready before the service says that it is. Without it all of them.",
     ),
     absent(
         "listen",

@@ -20,6 +20,8 @@ pub struct Config {
     pub restart: RestartConfig,
     /// When a silent worker counts as hung.
     pub watchdog: WatchdogConfig,
+    /// When the whole service counts as ready.
+    pub service: ServiceConfig,
     /// Where clients come in.
     pub listen: ListenConfig,
     /// Logs.
@@ -285,6 +287,13 @@ impl Default for WatchdogConfig {
     fn default() -> Self {
         Self { interval: Duration::from_secs(1), timeout: Duration::from_secs(10) }
     }
+}
+
+/// `[service]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceConfig {
+    /// Workers that must have been ready before the service is; `None`: every one.
+    pub ready_workers: Option<u32>,
 }
 
 /// `[listen]`

@@ -80,6 +80,7 @@ fn limits_hold_at_the_limit_and_one_beyond() {
         ("queue", "max_per_client", 1_000_000),
         ("queue", "max_deaths", 100),
         ("restart", "max", 1000),
+        ("service", "ready_workers", 8192),
         ("listen", "max_connections", 65_536),
     ] {
         let at = format!("[{section}]\n{key} = {last}\n");

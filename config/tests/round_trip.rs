@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bitnetd_config::{
     AffinityConfig, Choice, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
-    ModelConfig, QueueConfig, RestartConfig, SplitConfig, WatchdogConfig,
+    ModelConfig, QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
 };
 use proptest::prelude::*;
 
@@ -82,6 +82,7 @@ prop_compose! {
                 drain_timeout: rest.1,
             },
             watchdog: WatchdogConfig { interval: watchdog.0, timeout: watchdog.1 },
+            service: ServiceConfig { ready_workers: ctx.map(|ctx| 1 + ctx % 64) },
             listen: ListenConfig {
                 socket: ctx.map(|ctx| format!("/run/{ctx}.sock").into()),
                 mode: mode | 0o600,

@@ -21,7 +21,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bitnetd_config::NumaPolicy;
+use bitnetd_config::{NumaPolicy, SERVICE_MANAGER_VARIABLES};
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
@@ -170,6 +170,10 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     let mut command = Command::new(spec.program);
     // The program is often `/proc/self/exe`, which would tell `ps` nothing.
     command.arg0("bitnetd").args(spec.args).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    // The service manager talks to the supervisor alone.
+    for variable in SERVICE_MANAGER_VARIABLES {
+        command.env_remove(variable);
+    }
     let mappings = vec![
         FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: WORKER_LINK_FD },
         FdMapping { parent_fd: image, child_fd: WORKER_IMAGE_FD },

@@ -22,6 +22,7 @@ use crate::child::{SpawnSpec, spawn};
 use crate::image::ModelImage;
 use crate::link::WorkerLink;
 use crate::log;
+use crate::notify::{Herald, Notifier};
 use crate::report;
 use crate::service::{JobEvent, ServiceSpec};
 use crate::state::{
@@ -72,6 +73,7 @@ pub(crate) struct EventLoop {
     state: State,
     spec: ServiceSpec,
     image: ModelImage,
+    herald: Herald,
     started: Instant,
     links: HashMap<SlotId, WorkerLink>,
     sinks: HashMap<JobId, JobSink>,
@@ -89,20 +91,28 @@ pub(crate) struct EventLoop {
 }
 
 impl EventLoop {
-    pub(crate) fn new(spec: ServiceSpec, image: ModelImage, readiness: watch::Sender<Readiness>) -> Self {
+    pub(crate) fn new(
+        spec: ServiceSpec,
+        image: ModelImage,
+        notifier: Notifier,
+        readiness: watch::Sender<Readiness>,
+    ) -> Self {
         let policy = Policy {
             queue: spec.config.queue.clone(),
             restart: spec.config.restart.clone(),
             watchdog: spec.config.watchdog.clone(),
             max_batch: spec.config.engine.max_batch,
+            n_ready_min: spec.config.service.ready_workers,
         };
         let n_slots = u32::try_from(spec.plan.workers.len()).unwrap_or(u32::MAX);
         let seeds = RandomState::new();
+        let drain_timeout = spec.config.restart.drain_timeout;
         let (events, events_in) = mpsc::channel(EVENTS_MAX);
         Self {
             state: State::new(policy, n_slots, seeds.hash_one("restart jitter")),
             spec,
             image,
+            herald: Herald::new(notifier, drain_timeout),
             started: Instant::now(),
             links: HashMap::new(),
             sinks: HashMap::new(),
@@ -126,8 +136,11 @@ impl EventLoop {
         self.step(Event::TimePassed);
         let mut has_owner = true;
         while !self.is_stopped {
+            self.herald.look(&self.state, self.now());
             let far = Duration::from_secs(24 * 3600);
-            let deadline = self.started + self.state.next_deadline().unwrap_or_else(|| self.now() + far);
+            let deadlines = [self.state.next_deadline(), self.herald.next_due()];
+            let next = deadlines.into_iter().flatten().min().unwrap_or_else(|| self.now() + far);
+            let deadline = self.started + next;
             tokio::select! {
                 Some(event) = self.events_in.recv() => self.step(event),
                 command = commands.recv(), if has_owner => match command {

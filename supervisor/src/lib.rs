@@ -4,6 +4,7 @@
 //! `connection`. It touches no model arithmetic and no tokenizer, so nothing in a model can bring it down.
 //! `README.md` beside it has the state diagram and the tables.
 
+mod activation; // What systemd passes on: sockets and stored memory.
 mod backoff; // How long a slot waits, and when it gives up.
 mod child; // One worker process: the only unsafe code.
 mod connection; // One client.
@@ -12,11 +13,14 @@ mod image; // The model every worker inherits.
 mod link; // The task of one worker.
 mod listener; // The socket.
 mod log; // What the log says.
+mod notify; // What systemd is told.
 mod report; // The state in words of the wire.
 mod service; // The face to the rest of the program.
 mod state; // The state machine.
 
+pub use activation::{Activation, ActivationError};
 pub use image::{ImageError, ModelSource};
 pub use listener::{ListenError, Listener};
+pub use notify::Notifier;
 pub use service::{Job, JobEvent, Service, ServiceSpec, StartError};
 pub use state::ClientId;

@@ -1,5 +1,8 @@
 //! The Unix socket that clients connect to: taken over only if it is dead, given back only if it is ours.
 //!
+//! A socket that the service manager passed on is only borrowed: its file stays, and so does its queue of clients, who
+//! are served by the next life of the service.
+//!
 //! A lock file beside the socket decides between two supervisors, also while one of them is starting; a connect
 //! probe decides about anything else that may listen there. The lock file stays: removing it would let two
 //! processes hold "the" lock.
@@ -118,10 +121,17 @@ impl ListenError {
 pub struct Listener {
     socket: UnixListener,
     path: PathBuf,
-    /// Device and inode of the socket file, to know it again.
-    identity: (u64, u64),
     config: ListenConfig,
-    /// Held until after the socket file is gone.
+    /// `None`: the socket file belongs to the service manager.
+    own: Option<SocketFile>,
+}
+
+/// A socket file that is ours to remove.
+#[derive(Debug)]
+struct SocketFile {
+    /// Device and inode, to know it again.
+    identity: (u64, u64),
+    /// Held until after the file is gone.
     _lock: Flock<File>,
 }
 
@@ -149,7 +159,23 @@ impl Listener {
         let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
         let identity = (metadata.dev(), metadata.ino());
         tracing::info!(socket = %path.display(), mode = format!("{:04o}", config.mode), "listening");
-        Ok(Self { socket, path: path.to_owned(), identity, config: config.clone(), _lock: lock })
+        let own = Some(SocketFile { identity, _lock: lock });
+        Ok(Self { socket, path: path.to_owned(), config: config.clone(), own })
+    }
+
+    /// Serves a socket that the service manager has made. Its file, mode and owner are the manager's affair.
+    ///
+    /// # Errors
+    /// [`ListenError::Bind`]
+    pub fn inherit(name: &str, socket: StdUnixListener, config: &ListenConfig) -> Result<Self, ListenError> {
+        let address = socket.local_addr().ok();
+        let path = address.as_ref().and_then(|address| address.as_pathname()).unwrap_or(Path::new(name));
+        let path = path.to_owned();
+        let failed = |source| ListenError::new(&path, source);
+        socket.set_nonblocking(true).map_err(failed)?;
+        let socket = UnixListener::from_std(socket).map_err(failed)?;
+        tracing::info!(socket = %path.display(), name, "listening on a socket of the service manager");
+        Ok(Self { socket, path, config: config.clone(), own: None })
     }
 
     /// The path it listens on.
@@ -158,17 +184,27 @@ impl Listener {
         &self.path
     }
 
-    /// Serves clients until the service has stopped, then removes the socket.
+    /// Serves clients until the service has stopped, then removes the socket if it is ours.
+    ///
+    /// Clients who come while an own socket's service drains are told so. Those on the manager's socket wait for the
+    /// next life of the service.
     pub async fn serve(self, service: Service) {
         let max_connections = connections_with_room(self.config.max_connections as usize);
         let places = Arc::new(Semaphore::new(max_connections));
         let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
-        let stopped = service.stopped();
+        let is_ours = self.own.is_some();
+        let stopped = async {
+            if is_ours {
+                service.stopped().await;
+            } else {
+                service.ending().await;
+            }
+        };
         let mut stopped = std::pin::pin!(stopped);
         loop {
             let accepted = tokio::select! {
                 accepted = self.socket.accept() => accepted,
-                _ = &mut stopped => break,
+                () = &mut stopped => break,
             };
             let stream = match accepted {
                 Ok((stream, _)) => stream,
@@ -192,6 +228,9 @@ impl Listener {
                     drop(place);
                 });
             }
+        }
+        if !is_ours {
+            service.stopped().await;
         }
         // Connections still have to pass on the last events of their jobs.
         let _ended =
@@ -219,8 +258,9 @@ async fn refuse_for_number(stream: UnixStream, max_connections: usize) {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        let Some(own) = &self.own else { return };
         let is_ours = std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == own.identity);
         if is_ours && let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!(socket = %self.path.display(), %error, "socket not removed");
         }

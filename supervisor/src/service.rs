@@ -17,6 +17,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
+use crate::notify::Notifier;
 use crate::report;
 use crate::state::{ClientId, JobId, Readiness, Standing};
 
@@ -88,6 +89,8 @@ pub struct Service {
     commands: mpsc::Sender<Command>,
     readiness: watch::Receiver<Readiness>,
     ended: watch::Receiver<Option<Ended>>,
+    /// True from the moment on that no new job is taken.
+    ending: Arc<watch::Sender<bool>>,
     reloader: Arc<OnceLock<Reloader>>,
 }
 
@@ -105,6 +108,14 @@ impl Service {
     /// # Errors
     /// [`StartError::Model`], [`StartError::NoWorkers`].
     pub async fn start(spec: ServiceSpec) -> Result<Self, StartError> {
+        Self::start_under(spec, Notifier::default()).await
+    }
+
+    /// The same, with a service manager that is told how it goes.
+    ///
+    /// # Errors
+    /// [`StartError::Model`], [`StartError::NoWorkers`].
+    pub async fn start_under(spec: ServiceSpec, notifier: Notifier) -> Result<Self, StartError> {
         if spec.plan.workers.is_empty() {
             return Err(StartError::NoWorkers);
         }
@@ -112,11 +123,12 @@ impl Service {
         let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);
         let (readiness_out, readiness) = watch::channel(Readiness::Starting);
         let (ended_out, ended) = watch::channel(None);
-        tokio::spawn(EventLoop::new(spec, image, readiness_out).run(commands_in, ended_out));
-        Ok(Self { commands, readiness, ended, reloader: Arc::default() })
+        tokio::spawn(EventLoop::new(spec, image, notifier, readiness_out).run(commands_in, ended_out));
+        let ending = Arc::new(watch::channel(false).0);
+        Ok(Self { commands, readiness, ended, ending, reloader: Arc::default() })
     }
 
-    /// Waits until every slot has been ready once.
+    /// Waits until every slot (or `service.ready_workers` of them) has been ready once.
     ///
     /// # Errors
     /// [`StartError::Worker`] if a slot is given up before that, [`StartError::Stopped`].
@@ -181,12 +193,24 @@ impl Service {
     /// Begins to stop: no new jobs, the accepted ones are finished (within the configured time), then the workers
     /// are stopped. [`Self::stopped`] waits for the end.
     pub async fn drain(&self) {
+        self.ending.send_replace(true);
         let _stopped = self.commands.send(Command::Drain).await;
     }
 
     /// Stops now: jobs fail, workers are killed. [`Self::stopped`] waits until they are reaped.
     pub async fn stop(&self) {
+        self.ending.send_replace(true);
         let _stopped = self.commands.send(Command::Stop).await;
+    }
+
+    /// Waits until no new job is taken any more.
+    pub(crate) async fn ending(&self) {
+        let mut ending = self.ending.subscribe();
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            _ = ending.wait_for(|is_ending| *is_ending) => {}
+            _ = ended.wait_for(Option::is_some) => {}
+        }
     }
 
     /// Waits until every worker is reaped.

@@ -49,6 +49,8 @@ pub(crate) struct Policy {
     pub(crate) watchdog: WatchdogConfig,
     /// Jobs on one slot, at most.
     pub(crate) max_batch: u32,
+    /// The service is ready when so many slots have been; `None`: all of them.
+    pub(crate) n_ready_min: Option<u32>,
 }
 
 /// The life of the whole service. It only ever goes down this list.
@@ -69,9 +71,9 @@ enum Service {
 pub(crate) enum Readiness {
     /// Some slot has not been ready yet.
     Starting,
-    /// Every slot has been ready once.
+    /// Enough slots have been ready once.
     Ready(ModelSummary),
-    /// A slot was given up before that.
+    /// So many slots were given up before that that it cannot be reached.
     Failed { slot: SlotId, error: WireError, exit_code: ExitCode },
 }
 
@@ -287,15 +289,29 @@ impl State {
     }
 
     pub(crate) fn readiness(&self) -> Readiness {
-        for slot in &self.slots {
-            if let Some((error, exit_code)) = slot.failure().filter(|_| !slot.was_ready) {
-                return Readiness::Failed { slot: slot.id, error: error.clone(), exit_code: *exit_code };
-            }
+        let n_slots = self.slots.len();
+        let n_wanted = self.policy.n_ready_min.and_then(|min| usize::try_from(min).ok()).unwrap_or(n_slots);
+        let n_wanted = n_wanted.min(n_slots);
+        let n_ready = self.slots.iter().filter(|slot| slot.was_ready).count();
+        if let Some(model) = self.model.as_ref().filter(|_| n_ready >= n_wanted) {
+            return Readiness::Ready(model.clone());
         }
-        match &self.model {
-            Some(model) if self.slots.iter().all(|slot| slot.was_ready) => Readiness::Ready(model.clone()),
-            _ => Readiness::Starting,
-        }
+        let mut failures = self.slots.iter().filter(|slot| !slot.was_ready).filter_map(|slot| {
+            let (error, exit_code) = slot.failure()?;
+            Some(Readiness::Failed { slot: slot.id, error: error.clone(), exit_code: *exit_code })
+        });
+        // One more than can be spared.
+        failures.nth(n_slots - n_wanted).unwrap_or(Readiness::Starting)
+    }
+
+    /// Slots that take jobs now.
+    pub(crate) fn n_ready(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.is_ready()).count()
+    }
+
+    /// Jobs that may wait.
+    pub(crate) fn queue_max(&self) -> u32 {
+        self.policy.queue.max_jobs
     }
 
     pub(crate) fn slots(&self) -> &[Slot] {

@@ -15,3 +15,4 @@ mod daemon; // `serve` and its clients.
 mod deaths; // Workers and supervisors that are killed.
 mod run; // One answer.
 mod support; // Start, watch, kill.
+mod systemd; // Notifications and sockets, with a stand-in for systemd.

@@ -18,6 +18,7 @@ fn policy() -> Policy {
         restart: RestartConfig { max: 4, window: Duration::from_secs(30), ..RestartConfig::default() },
         watchdog: WatchdogConfig::default(),
         max_batch: 2,
+        n_ready_min: None,
     }
 }
 
