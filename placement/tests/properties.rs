@@ -64,7 +64,7 @@ proptest! {
                 let cores: BTreeSet<u32> = worker.cpus.iter().map(|cpu| machine.cpu(*cpu).unwrap().core).collect();
                 prop_assert_eq!(cores.len(), worker.cpus.len());
             }
-            if let Some(node) = worker.memory_node {
+            for &node in &worker.memory_nodes {
                 prop_assert!(machine.nodes.iter().any(|other| other.id == node && other.memory_bytes != Some(0)));
             }
         }

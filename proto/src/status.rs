@@ -75,8 +75,9 @@ pub struct SlotReport {
     pub pid: Option<u32>,
     /// CPUs it owns, in the kernel's list form (`0-3,8`).
     pub cpus: String,
-    /// Memory node it is bound to.
-    pub memory_node: Option<u32>,
+    /// Memory nodes it is bound to, in the kernel's list form; empty if that is left to the kernel.
+    #[serde(default)]
+    pub memory_nodes: String,
     /// Times it was started again.
     pub restarts: u64,
     /// Jobs on it.

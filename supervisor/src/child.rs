@@ -41,6 +41,8 @@ use crate::state::{StopSignal, WorkerExit};
 
 /// Memory nodes a mask has room for, as in the kernel's largest configuration.
 const NODES_MAX: usize = 1024;
+/// Linux 5.15; `libc` does not have it.
+const MPOL_PREFERRED_MANY: libc::c_int = 5;
 const MASK_BITS: usize = usize::BITS as usize;
 
 /// What to start.
@@ -219,10 +221,8 @@ impl ChildSetup {
             set.set(index).map_err(|_| SpawnError::Cpu { cpu, cpus_max: CpuSet::count() })?;
         }
         let cpus = (!spec.placement.cpus.is_empty()).then_some(set);
-        let memory = match spec.placement.memory_node {
-            Some(node) if spec.numa != NumaPolicy::Off => Some(MemoryPolicy::new(node, spec.numa)?),
-            _ => None,
-        };
+        let nodes = &spec.placement.memory_nodes;
+        let memory = if nodes.is_empty() { None } else { Some(MemoryPolicy::new(nodes, spec.numa)?) };
         Ok(Self { parent: getpid(), cpus, memory })
     }
 
@@ -254,12 +254,15 @@ fn close_others_at_exec() -> io::Result<()> {
 }
 
 impl MemoryPolicy {
-    fn new(node: u32, numa: NumaPolicy) -> Result<Self, SpawnError> {
-        let index = usize::try_from(node).unwrap_or(usize::MAX);
+    fn new(list: &[u32], numa: NumaPolicy) -> Result<Self, SpawnError> {
         let mut nodes = [0; NODES_MAX / MASK_BITS];
-        *nodes.get_mut(index / MASK_BITS).ok_or(SpawnError::Node { node })? = 1 << (index % MASK_BITS);
+        for &node in list {
+            let index = usize::try_from(node).unwrap_or(usize::MAX);
+            *nodes.get_mut(index / MASK_BITS).ok_or(SpawnError::Node { node })? |= 1 << (index % MASK_BITS);
+        }
         let mode = match numa {
-            NumaPolicy::Preferred => libc::MPOL_PREFERRED,
+            NumaPolicy::Preferred if list.len() == 1 => libc::MPOL_PREFERRED,
+            NumaPolicy::Preferred => MPOL_PREFERRED_MANY,
             NumaPolicy::Interleave => libc::MPOL_INTERLEAVE,
             _ => libc::MPOL_BIND,
         };
@@ -273,6 +276,7 @@ impl MemoryPolicy {
         match Errno::result(result) {
             // A kernel without NUMA, or a container that forbids the call: placement is a wish there.
             Ok(_) | Err(Errno::ENOSYS | Errno::EPERM) => Ok(()),
+            Err(Errno::EINVAL) if self.mode == MPOL_PREFERRED_MANY => Ok(()), // A kernel before 5.15.
             Err(error) => Err(error.into()),
         }
     }

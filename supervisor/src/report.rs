@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bitnetd_config::HeadChoice;
+use bitnetd_config::{HeadChoice, cpu_list};
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::status::{Health, SlotReport, StatusReport, Totals};
 use bitnetd_proto::worker_link::WorkerSetup;
@@ -53,7 +53,7 @@ fn slot_report(slot: &Slot, placement: &WorkerPlacement) -> SlotReport {
         state: slot.state_name().into(),
         pid: slot.pid,
         cpus: cpu_list(&placement.cpus),
-        memory_node: placement.memory_node,
+        memory_nodes: cpu_list::format(&placement.memory_nodes),
         restarts: slot.restarts,
         jobs: u32::try_from(slot.n_jobs()).unwrap_or(u32::MAX),
         load: slot.load,

@@ -48,7 +48,7 @@ impl Fixture {
         ServiceSpec {
             config: self.config.clone(),
             plan: Plan {
-                workers: vec![WorkerPlacement { cpus: vec![], memory_node: None }; self.n_slots],
+                workers: vec![WorkerPlacement { cpus: vec![], memory_nodes: vec![] }; self.n_slots],
                 reasons: vec![],
                 warnings: vec![],
             },

@@ -12,7 +12,7 @@ pub(crate) fn run(args: &[String]) {
     let spec = ServiceSpec {
         config: Config::default(),
         plan: Plan {
-            workers: vec![WorkerPlacement { cpus: vec![], memory_node: None }; n_slots],
+            workers: vec![WorkerPlacement { cpus: vec![], memory_nodes: vec![] }; n_slots],
             reasons: vec![],
             warnings: vec![],
         },

@@ -167,7 +167,7 @@ fn draw_legend(canvas: &mut Canvas, plan: Option<&Plan>, y: usize) -> usize {
     for (idx, worker) in plan.workers.iter().enumerate() {
         let (x, y) = (GAP * 2 + idx % 2 * column_width, y + idx / 2 * (LINE + 4));
         canvas.rect((x, y - 13), (16, 16), &colour(idx), "#333333");
-        let memory = worker.memory_node.map_or_else(String::new, |node| format!(", memory on node {node}"));
+        let memory = worker.memory_words();
         let list = cpu_list::format(&worker.cpus);
         let text = format!("worker {idx}: {} threads, CPUs {list}{memory}", worker.cpus.len());
         let cut: String =

@@ -8,7 +8,9 @@ mod pool;
 mod split;
 mod words;
 
-use bitnetd_config::{AffinityConfig, NumaPolicy, SplitConfig};
+use std::collections::BTreeSet;
+
+use bitnetd_config::{AffinityConfig, NumaPolicy, SplitConfig, cpu_list};
 use serde::Serialize;
 
 use self::pool::Pool;
@@ -30,8 +32,22 @@ pub struct Plan {
 pub struct WorkerPlacement {
     /// CPUs, ascending; one compute thread is pinned to each.
     pub cpus: Vec<u32>,
-    /// NUMA node of its memory, where that is to be bound.
-    pub memory_node: Option<u32>,
+    /// NUMA nodes of its memory, ascending, where that is to be bound, preferred or interleaved; empty leaves it to
+    /// the kernel.
+    pub memory_nodes: Vec<u32>,
+}
+
+impl WorkerPlacement {
+    /// `, memory on node 0`, `, memory on nodes 0-1`, or nothing: what follows the CPUs in a sentence.
+    #[must_use]
+    pub fn memory_words(&self) -> String {
+        let list = cpu_list::format(&self.memory_nodes);
+        match self.memory_nodes.len() {
+            0 => String::new(),
+            1 => format!(", memory on node {list}"),
+            _ => format!(", memory on nodes {list}"),
+        }
+    }
 }
 
 /// Why there is no plan.
@@ -145,8 +161,8 @@ pub fn plan(machine: &Machine, split: &SplitConfig, affinity: &AffinityConfig) -
         .into_iter()
         .map(|mut cpus| {
             cpus.sort_unstable();
-            let memory_node = memory_node(machine, affinity.numa, &cpus);
-            WorkerPlacement { cpus, memory_node }
+            let memory_nodes = memory_nodes(machine, affinity.numa, &cpus);
+            WorkerPlacement { cpus, memory_nodes }
         })
         .collect();
     words.about(&workers, affinity.numa);
@@ -174,17 +190,17 @@ fn check_explicit(pool: &Pool<'_>, lists: &[Vec<u32>]) -> Result<(), PlanError> 
     Ok(())
 }
 
-/// The node to which the memory of a worker on `cpus` is bound, if its CPUs are on one node.
-fn memory_node(machine: &Machine, policy: NumaPolicy, cpus: &[u32]) -> Option<u32> {
+/// The nodes on which the memory of a worker on `cpus` is to be: those of its CPUs, or the nearest with memory.
+fn memory_nodes(machine: &Machine, policy: NumaPolicy, cpus: &[u32]) -> Vec<u32> {
     let has_choice = machine.nodes.iter().filter(|node| node.memory_bytes != Some(0)).count() > 1;
-    match policy {
-        NumaPolicy::Off | NumaPolicy::Interleave => return None,
-        NumaPolicy::Auto if !has_choice => return None,
-        NumaPolicy::Auto | NumaPolicy::Bind | NumaPolicy::Preferred => {}
+    if policy == NumaPolicy::Off || (policy == NumaPolicy::Auto && !has_choice) {
+        return Vec::new();
     }
-    let mut nodes = cpus.iter().map(|&cpu| machine.cpu(cpu).and_then(|cpu| cpu.node));
-    let first = nodes.next()??;
-    if nodes.all(|node| node == Some(first)) { machine.memory_node(first) } else { None }
+    let node_of = |&cpu: &u32| machine.memory_node(machine.cpu(cpu)?.node?);
+    let nodes: BTreeSet<u32> = cpus.iter().filter_map(node_of).collect();
+    // Several nodes: whoever touches memory first knows best where it is needed, unless the user knows better.
+    let is_left = policy == NumaPolicy::Auto && nodes.len() > 1;
+    if is_left { Vec::new() } else { nodes.into_iter().collect() }
 }
 
 impl Plan {
@@ -192,8 +208,7 @@ impl Plan {
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         let line = |(idx, worker): (usize, &WorkerPlacement)| {
-            let memory =
-                worker.memory_node.map_or_else(String::new, |node| format!(", memory on node {node}"));
+            let memory = worker.memory_words();
             let threads = words::count(worker.cpus.len(), "thread");
             format!("worker {idx}: {threads} on {}{memory}", words::cpus(&worker.cpus))
         };

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bitnetd_config::{NumaPolicy, SmtPolicy, cpu_list};
+use bitnetd_config::{Choice as _, NumaPolicy, SmtPolicy, cpu_list};
 
 use super::WorkerPlacement;
 use super::allocate::l3_key;
@@ -97,7 +97,7 @@ impl<'p, 'm> Words<'p, 'm> {
         let mut moved: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
         for (idx, (worker, set)) in (0..).zip(workers.iter().zip(sets)) {
             let node = set.first().and_then(|cpu| cpu.node);
-            if let (Some(memory), Some(node)) = (worker.memory_node, node)
+            if let (&[memory], Some(node)) = (worker.memory_nodes.as_slice(), node)
                 && memory != node
             {
                 moved.entry((node, memory)).or_default().push(idx);
@@ -109,19 +109,21 @@ impl<'p, 'm> Words<'p, 'm> {
                 workers_of(&idxs)
             ));
         }
-        let n_bound = workers.iter().filter(|worker| worker.memory_node.is_some()).count();
-        if n_bound == workers.len() && n_bound > 0 {
-            let verb = if numa == NumaPolicy::Preferred { "prefers" } else { "is bound to" };
-            self.reasons.push(format!("The memory of each worker {verb} its node."));
-        } else if numa == NumaPolicy::Bind && n_bound < workers.len() {
-            let unbound: Vec<u32> = (0..)
-                .zip(workers)
-                .filter(|(_, worker)| worker.memory_node.is_none())
-                .map(|(idx, _)| idx)
-                .collect();
+        let n_placed = workers.iter().filter(|worker| !worker.memory_nodes.is_empty()).count();
+        if n_placed == workers.len() && n_placed > 0 {
+            let is_one = workers.iter().all(|worker| worker.memory_nodes.len() == 1);
+            let noun = if is_one { "node" } else { "nodes" };
+            self.reasons.push(match numa {
+                NumaPolicy::Preferred => format!("The memory of each worker prefers its {noun}."),
+                NumaPolicy::Interleave => {
+                    format!("The memory of each worker is interleaved over its {noun}.")
+                }
+                _ => format!("The memory of each worker is bound to its {noun}."),
+            });
+        } else if numa != NumaPolicy::Off && numa != NumaPolicy::Auto {
             self.warnings.push(format!(
-                "`affinity.numa = \"bind\"` has no one node for {}; their memory is left to the kernel.",
-                workers_of(&unbound)
+                "`affinity.numa = \"{}\"` has no effect: the kernel shows no memory node of the workers' CPUs.",
+                numa.name()
             ));
         }
     }
