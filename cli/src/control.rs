@@ -1,8 +1,9 @@
-//! `bitnetd status`, `drain` and `restart`: look at the daemon and tell it what to do.
+//! `bitnetd status`, `drain`, `restart` and `reload`: look at the daemon and tell it what to do.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use bitnetd_proto::error::ErrorCode;
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::status::{Health, SlotReport, StatusReport};
 use clap::Args;
@@ -39,6 +40,16 @@ pub(crate) struct RestartArgs {
     socket: SocketArgs,
 }
 
+/// `bitnetd reload`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Ends when the new configuration holds (its first worker is ready; the others follow one by one) or is refused: then the\n\
+old one stays, whole, and the error says why. Nothing that was accepted is lost either way.")]
+pub(crate) struct ReloadArgs {
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
 /// Prints how the service is.
 pub(crate) fn status(args: &StatusArgs) -> Result<ExitCode, CliError> {
     let report = args.socket.connect()?.status()?;
@@ -59,6 +70,16 @@ pub(crate) fn drain(args: &DrainArgs) -> Result<ExitCode, CliError> {
 /// Asks for a new process in one slot.
 pub(crate) fn restart(args: &RestartArgs) -> Result<ExitCode, CliError> {
     args.socket.connect()?.restart(args.slot)?;
+    Ok(ExitCode::Ok)
+}
+
+/// Asks the service to read its configuration again; waits until it is decided.
+pub(crate) fn reload(args: &ReloadArgs) -> Result<ExitCode, CliError> {
+    args.socket.connect()?.reload().map_err(|error| {
+        let is_refused = error.wire().is_some_and(|wire| wire.code == ErrorCode::InvalidRequest);
+        let error = CliError::from(error);
+        if is_refused { error.with_exit_code(ExitCode::Config) } else { error }
+    })?;
     Ok(ExitCode::Ok)
 }
 

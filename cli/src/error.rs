@@ -96,6 +96,16 @@ impl CliError {
         format!("{:#}", self.error)
     }
 
+    /// The same for a client of ours: what a peer said, else the reasons in one line.
+    pub(crate) fn to_wire(&self) -> WireError {
+        let own = || WireError::new(ErrorCode::InvalidRequest, self.message());
+        let error = self.wire().cloned().unwrap_or_else(own);
+        match &self.hint {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        }
+    }
+
     /// The code to exit with.
     pub(crate) fn exit_code(&self) -> ExitCode {
         self.code

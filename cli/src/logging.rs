@@ -42,16 +42,17 @@ pub(crate) fn worker_filter(args: &LogArgs) -> String {
 }
 
 /// Starts logging for the daemon: as the configuration says, unless a flag asks for more or less.
-pub(crate) fn init_daemon(args: &LogArgs, config: &LogConfig) -> Result<(), CliError> {
-    let filter = if args.quiet || args.verbose > 0 {
+pub(crate) fn init_daemon(args: &LogArgs, config: &LogConfig) -> Result<LevelHandle, CliError> {
+    let is_fixed = args.quiet || args.verbose > 0;
+    let filter = if is_fixed {
         EnvFilter::default().add_directive(level(args, LevelFilter::INFO).into())
     } else {
         EnvFilter::builder()
             .parse(&config.level)
             .map_err(|error| CliError::with_code(ExitCode::Config, error))?
     };
-    install(filter, config.format);
-    Ok(())
+    let handle = install(filter, config.format);
+    Ok(if is_fixed { LevelHandle(None) } else { handle })
 }
 
 fn level(args: &LogArgs, usual: LevelFilter) -> LevelFilter {
@@ -64,13 +65,42 @@ fn level(args: &LogArgs, usual: LevelFilter) -> LevelFilter {
     }
 }
 
-fn install(filter: EnvFilter, format: LogFormat) {
-    let builder = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter);
-    match format {
-        LogFormat::Json => builder.json().init(),
-        LogFormat::Text if io::stderr().is_terminal() => builder.init(), // Honours NO_COLOR.
-        LogFormat::Text => builder.with_ansi(false).init(),
+/// Puts another filter in place.
+type ChangeFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
+
+/// Changes how much is said while the daemon runs.
+pub(crate) struct LevelHandle(Option<ChangeFilter>);
+
+impl LevelHandle {
+    /// Takes the level of a new configuration over, unless a flag has fixed it.
+    pub(crate) fn set(&self, level: &str) {
+        let Some(change) = &self.0 else { return };
+        let parsed = EnvFilter::builder().parse(level).map_err(|error| error.to_string());
+        if let Err(error) = parsed.and_then(change) {
+            tracing::error!(level, error, "the log keeps its level");
+        }
     }
+}
+
+fn install(filter: EnvFilter, format: LogFormat) -> LevelHandle {
+    let builder = tracing_subscriber::fmt().with_writer(io::stderr);
+    let change: ChangeFilter = match format {
+        LogFormat::Json => {
+            let builder = builder.json().with_env_filter(filter).with_filter_reloading();
+            let handle = builder.reload_handle();
+            builder.init();
+            Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
+        }
+        LogFormat::Text => {
+            // On a terminal the builder itself honours NO_COLOR.
+            let builder = if io::stderr().is_terminal() { builder } else { builder.with_ansi(false) };
+            let builder = builder.with_env_filter(filter).with_filter_reloading();
+            let handle = builder.reload_handle();
+            builder.init();
+            Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
+        }
+    };
+    LevelHandle(Some(change))
 }
 
 #[cfg(test)]

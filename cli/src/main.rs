@@ -8,7 +8,7 @@
 mod answer; // One answer as it arrives.
 mod batch; // Many answers.
 mod config_cmd; // `config check|show`.
-mod control; // `status`, `drain`, `restart`.
+mod control; // `status`, `drain`, `restart`, `reload`.
 mod daemon; // A running daemon, through its socket.
 mod error; // Outcome -> message, hint and exit code, in one place.
 mod generate;
@@ -16,6 +16,7 @@ mod local; // A service in this process.
 mod logging;
 mod manual; // `completions` and `man`.
 mod model; // `model info|verify|convert|synth`.
+mod reload; // What SIGHUP and `reload` do to the daemon.
 mod request_args; // The flags that say what to generate.
 mod run;
 mod runtime; // The event loop, and Ctrl-C.
@@ -86,6 +87,8 @@ enum Command {
     Drain(control::DrainArgs),
     /// Replace the worker process of one slot; its jobs go on elsewhere
     Restart(control::RestartArgs),
+    /// Let the daemon read its configuration again; it changes over without losing a job, or stays as it is
+    Reload(control::ReloadArgs),
     /// Look at model files, check them, make them
     Model(model::ModelArgs),
     /// What the supervisor starts; not for people
@@ -119,6 +122,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Status(args) => control::status(&args),
         Command::Drain(args) => control::drain(&args),
         Command::Restart(args) => control::restart(&args),
+        Command::Reload(args) => control::reload(&args),
         Command::Worker { .. } => Ok(bitnetd_worker::run()),
         Command::Topology(args) => topology::main(&args),
         Command::Config(args) => config_cmd::main(&args),

@@ -8,18 +8,20 @@ use bitnetd_config::{Config, Environment, ServiceManager};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_supervisor::{Activation, Listener, Notifier, Service};
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::batch::SplitArgs;
 use crate::error::CliError;
 use crate::local;
 use crate::logging::{self, LogArgs};
+use crate::reload::{self, ConfigReloader};
 use crate::runtime::{self, Interrupt};
 
 /// `bitnetd serve`
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 It is ready when it logs `ready to serve`. SIGTERM or Ctrl-C: takes nothing new, finishes what it has, ends; a second one: at
-once. Clients: `bitnetd generate`, `bitnetd status`, `bitnetd batch --socket …`.
+once. SIGHUP or `bitnetd reload`: reads the configuration again. Clients: `bitnetd generate`, `bitnetd status`, `bitnetd batch --socket …`.
 
 Examples:
   bitnetd serve                                               the built-in model on every CPU
@@ -48,7 +50,7 @@ pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError
     let activation = Activation::take(&manager.inherited)?;
     let environment = Environment::read();
     let (mut config, origin) = load(args, &environment)?;
-    logging::init_daemon(log, &config.log)?;
+    let level = logging::init_daemon(log, &config.log)?;
     if log.quiet || log.verbose > 0 {
         config.log.level = logging::worker_filter(log);
     }
@@ -57,7 +59,8 @@ pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError
         None => tracing::info!("no configuration file: using the defaults"),
     }
     let notifier = Notifier::new(&manager);
-    runtime::block_on(serve(config, &environment, activation, notifier))
+    let reloader = ConfigReloader::new(args.clone(), *log, environment, &config, level);
+    runtime::block_on(serve(config, activation, notifier, reloader))
 }
 
 /// The place for the socket where nobody names one; its folder is made if it is not there.
@@ -76,7 +79,11 @@ fn usual_socket(environment: &Environment) -> Result<PathBuf, CliError> {
     Ok(path)
 }
 
-fn load(args: &ServeArgs, environment: &Environment) -> Result<(Config, Option<PathBuf>), CliError> {
+/// The configuration file with the flags on top, and where it came from.
+pub(crate) fn load(
+    args: &ServeArgs,
+    environment: &Environment,
+) -> Result<(Config, Option<PathBuf>), CliError> {
     let found =
         || environment.config_files().into_iter().find(|file| environment.config.is_some() || file.is_file());
     let origin = args.config.clone().or_else(found);
@@ -120,14 +127,18 @@ fn listeners(
 
 async fn serve(
     config: Config,
-    environment: &Environment,
     mut activation: Activation,
     notifier: Notifier,
+    reloader: ConfigReloader,
 ) -> Result<ExitCode, CliError> {
-    let mut interrupt = Interrupt::listen()?; // Before anything announces that it is ready.
-    let listeners = listeners(&config, environment, &mut activation)?;
+    // Before anything announces that it is ready.
+    let mut interrupt = Interrupt::listen()?;
+    let hangup = signal(SignalKind::hangup()).map_err(|error| CliError::os("handle signals", error))?;
+    let listeners = listeners(&config, reloader.environment(), &mut activation)?;
     let socket = listeners.first().map(|listener| listener.path().to_owned()).unwrap_or_default();
     let service = Service::start_under(local::service_spec(config)?, notifier).await?;
+    service.on_reload(reloader);
+    let reloading = tokio::spawn(reload::at_each_hangup(hangup, service.clone()));
     // Clients are let in at once: they can ask for the status, and their jobs wait for the workers.
     let serving: Vec<_> =
         listeners.into_iter().map(|listener| tokio::spawn(listener.serve(service.clone()))).collect();
@@ -144,6 +155,7 @@ async fn serve(
     }
     service.stop().await;
     let code = service.stopped().await;
+    reloading.abort();
     for serving in serving {
         serving.await.map_err(|error| CliError::with_code(ExitCode::Software, error))?;
     }

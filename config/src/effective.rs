@@ -19,6 +19,11 @@ impl Config {
         self.write(true)
     }
 
+    /// The keys with another value in `other` that a running daemon cannot take over.
+    pub fn changes_that_need_restart(&self, other: &Self) -> impl Iterator<Item = &'static Key> {
+        KEYS.iter().filter(|key| key.needs_restart() && self.value(key) != other.value(key))
+    }
+
     fn write(&self, comments: bool) -> String {
         let mut text = String::new();
         for (section, about) in schema::SECTIONS {
@@ -46,6 +51,9 @@ impl Config {
         if comments {
             for line in key.doc.lines() {
                 lines.push_str(&format!("# {line}\n"));
+            }
+            if key.needs_restart() {
+                lines.push_str("# (A change needs a restart.)\n");
             }
         }
         if key.section == "split" && key.name == "worker" {

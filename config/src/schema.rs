@@ -13,6 +13,14 @@ pub struct Key {
     pub example: &'static str,
 }
 
+impl Key {
+    /// True if a running daemon cannot take a new value over.
+    #[must_use]
+    pub fn needs_restart(&self) -> bool {
+        matches!((self.section, self.name), ("listen", _) | ("log", "format") | ("queue", "journal"))
+    }
+}
+
 const fn key(section: &'static str, name: &'static str, doc: &'static str) -> Key {
     Key { section, name, doc, example: "" }
 }

@@ -158,6 +158,8 @@ impl Client {
     /// # Errors
     /// If the connection fails or the new configuration is refused.
     pub fn reload(&mut self) -> Result<(), ClientError> {
+        // It takes as long as a worker's start, which the server bounds.
+        self.set_read_timeout(None)?;
         self.order(&ClientMessage::Reload)
     }
 

@@ -69,7 +69,7 @@ pub struct Totals {
 pub struct SlotReport {
     /// Slot number.
     pub slot: u32,
-    /// `starting`, `ready`, `draining`, `backoff`, `failed`.
+    /// `starting`, `ready`, `retiring` (of a former configuration), `draining`, `backoff`, `failed`.
     pub state: String,
     /// Pid of the live process.
     pub pid: Option<u32>,

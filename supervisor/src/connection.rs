@@ -18,7 +18,7 @@ use bitnetd_proto::request::GenerateRequest;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::event_loop::{JobSink, Submission};
@@ -67,6 +67,7 @@ pub(crate) async fn serve(stream: UnixStream, service: Service, config: &ListenC
         ids: HashMap::new(),
         sink: JobSink { events: events_in, overrun: Arc::new(Notify::new()) },
         events,
+        reload: None,
         service,
     };
     let end = match check_peer(uid, gid, config) {
@@ -114,6 +115,8 @@ struct Connection {
     ids: HashMap<JobId, u64>,
     sink: JobSink,
     events: mpsc::Receiver<(JobId, JobEvent)>,
+    /// A reload that this client asked for and that is not decided yet.
+    reload: Option<oneshot::Receiver<Result<(), WireError>>>,
     service: Service,
 }
 
@@ -181,6 +184,10 @@ impl Connection {
                         self.pass_on(job, event);
                     }
                 }
+                decided = decided(&mut self.reload) => {
+                    self.reload = None;
+                    self.say_outcome(decided);
+                }
                 () = overrun.notified() => return Err(End::Because(overrun_error())),
                 () = sleep_until(frame_ends.unwrap_or_else(Instant::now)), if frame_ends.is_some() => {
                     let text = format!("a frame was not complete within {FRAME_TIMEOUT:?}");
@@ -245,14 +252,35 @@ impl Connection {
             }
             ClientMessage::Reload => {
                 tracing::info!(client = ?self.client, "reload asked for");
-                self.service.reload()
+                self.begin_reload();
+                return Ok(());
             }
         };
-        self.say(&match answer {
+        self.say_outcome(answer);
+        Ok(())
+    }
+
+    fn say_outcome(&mut self, outcome: Result<(), WireError>) {
+        self.say(&match outcome {
             Ok(()) => ServerMessage::Ok,
             Err(error) => ServerMessage::Error { id: None, error },
         });
-        Ok(())
+    }
+
+    /// The answer comes when the reload is decided, which takes a worker's start; the client's jobs go on meanwhile.
+    fn begin_reload(&mut self) {
+        if self.reload.is_some() {
+            let text = "this connection waits for a reload already";
+            let error = WireError::new(ErrorCode::Overloaded, text).with_retry_after_ms(1000);
+            self.say(&ServerMessage::Error { id: None, error });
+            return;
+        }
+        let (sender, reload) = oneshot::channel();
+        let service = self.service.clone();
+        tokio::spawn(async move {
+            let _gone = sender.send(service.reload().await);
+        });
+        self.reload = Some(reload);
     }
 
     async fn generate(&mut self, id: u64, request: GenerateRequest) {
@@ -310,6 +338,16 @@ impl Connection {
             }
         }
         let _late = timeout(CLOSE_TIMEOUT, self.writer.write_all(&self.outbox)).await;
+    }
+}
+
+/// Waits for the outcome of a reload; for ever if there is none.
+async fn decided(reload: &mut Option<oneshot::Receiver<Result<(), WireError>>>) -> Result<(), WireError> {
+    match reload {
+        Some(reload) => reload
+            .await
+            .unwrap_or_else(|_| Err(WireError::new(ErrorCode::Draining, "the service has stopped"))),
+        None => std::future::pending().await,
     }
 }
 

@@ -19,6 +19,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::child::{SpawnSpec, spawn};
+use crate::editions::Editions;
 use crate::image::ModelImage;
 use crate::link::WorkerLink;
 use crate::log;
@@ -26,8 +27,8 @@ use crate::notify::{Herald, Notifier};
 use crate::report;
 use crate::service::{JobEvent, ServiceSpec};
 use crate::state::{
-    Action, ClientId, Event, Generation, JobId, Note, Policy, Readiness, SlotId, Standing, State, StopSignal,
-    WorkerSaid,
+    Action, ClientId, Edition, Event, Generation, JobId, Note, Policy, Readiness, SlotId, Standing, State,
+    StopSignal, WorkerSaid, slot_number,
 };
 
 /// Events of all workers that wait for the loop, at most; their tasks wait beyond.
@@ -39,7 +40,8 @@ pub(crate) enum Command {
     Submit { new: Submission, sink: JobSink, reply: oneshot::Sender<Result<(JobId, u64), WireError>> },
     Cancel { job: JobId },
     Status { reply: oneshot::Sender<StatusReport> },
-    Restart { slot: SlotId, reply: oneshot::Sender<Result<(), WireError>> },
+    Restart { number: u32, reply: oneshot::Sender<Result<(), WireError>> },
+    Reload { spec: Box<ServiceSpec>, reply: oneshot::Sender<Result<(), WireError>> },
     Drain,
     Stop,
 }
@@ -71,8 +73,9 @@ pub(crate) struct JobSink {
 #[derive(Debug)]
 pub(crate) struct EventLoop {
     state: State,
-    spec: ServiceSpec,
-    image: ModelImage,
+    editions: Editions,
+    /// Reloads that are under way.
+    reloads: HashMap<Edition, oneshot::Sender<Result<(), WireError>>>,
     herald: Herald,
     started: Instant,
     links: HashMap<SlotId, WorkerLink>,
@@ -97,21 +100,15 @@ impl EventLoop {
         notifier: Notifier,
         readiness: watch::Sender<Readiness>,
     ) -> Self {
-        let policy = Policy {
-            queue: spec.config.queue.clone(),
-            restart: spec.config.restart.clone(),
-            watchdog: spec.config.watchdog.clone(),
-            max_batch: spec.config.engine.max_batch,
-            n_ready_min: spec.config.service.ready_workers,
-        };
+        let policy = Policy::new(&spec.config);
         let n_slots = u32::try_from(spec.plan.workers.len()).unwrap_or(u32::MAX);
         let seeds = RandomState::new();
         let drain_timeout = spec.config.restart.drain_timeout;
         let (events, events_in) = mpsc::channel(EVENTS_MAX);
         Self {
             state: State::new(policy, n_slots, seeds.hash_one("restart jitter")),
-            spec,
-            image,
+            editions: Editions::new(spec, image),
+            reloads: HashMap::new(),
             herald: Herald::new(notifier, drain_timeout),
             started: Instant::now(),
             links: HashMap::new(),
@@ -154,7 +151,7 @@ impl EventLoop {
             }
         }
         // What is still in the channel gets an answer by the drop of its sender.
-        let report = report::status(&self.state, &self.spec, self.now());
+        let report = report::status(&self.state, &self.editions, self.now());
         ended.send_replace(Some(Ended { exit_code: ExitCode::Ok, report }));
     }
 
@@ -172,13 +169,14 @@ impl EventLoop {
             }
             Command::Cancel { job } => self.step(Event::JobCancelled { job }),
             Command::Status { reply } => {
-                let report = report::status(&self.state, &self.spec, self.now());
+                let report = report::status(&self.state, &self.editions, self.now());
                 let _gone = reply.send(report);
             }
-            Command::Restart { slot, reply } => {
-                let answer = self.restart(slot);
+            Command::Restart { number, reply } => {
+                let answer = self.restart(number);
                 let _gone = reply.send(answer);
             }
+            Command::Reload { spec, reply } => self.reload(*spec, reply),
             Command::Drain => self.step(Event::DrainRequested),
             Command::Stop => self.step(Event::StopRequested),
         }
@@ -203,15 +201,35 @@ impl EventLoop {
         }
     }
 
-    fn restart(&mut self, slot: SlotId) -> Result<(), WireError> {
-        let n_slots = self.state.slots().len();
-        if usize::try_from(slot).is_ok_and(|slot| slot < n_slots) {
+    fn restart(&mut self, number: u32) -> Result<(), WireError> {
+        if let Some(slot) = self.state.slot_with_number(number) {
             self.step(Event::RestartRequested { slot });
             return Ok(());
         }
-        let last = n_slots.saturating_sub(1);
-        Err(WireError::new(ErrorCode::NotFound, format!("there is no slot {slot}"))
+        let last = self.editions.present().spec.plan.workers.len().saturating_sub(1);
+        Err(WireError::new(ErrorCode::NotFound, format!("there is no slot {number}"))
             .with_hint(format!("slots are 0 to {last}")))
+    }
+
+    fn reload(&mut self, spec: ServiceSpec, reply: oneshot::Sender<Result<(), WireError>>) {
+        match self.editions.prepare(spec, &self.state) {
+            Ok(config) => {
+                self.reloads.insert(config.edition, reply);
+                self.step(Event::ReloadRequested { config: Box::new(config) });
+            }
+            Err(error) => {
+                let _gone = reply.send(Err(error));
+            }
+        }
+    }
+
+    fn reloaded(&mut self, edition: Edition, outcome: Result<(), WireError>) {
+        if outcome.is_ok() {
+            self.editions.take_over(edition);
+        }
+        if let Some(reply) = self.reloads.remove(&edition) {
+            let _gone = reply.send(outcome);
+        }
     }
 
     /// One event and everything that follows from it at once.
@@ -229,6 +247,7 @@ impl EventLoop {
             }
             next = self.pending.pop_front();
         }
+        self.editions.forget_unused(&self.state);
         self.publish_readiness();
     }
 
@@ -267,6 +286,7 @@ impl EventLoop {
                 self.order(slot, generation, &ToWorker::Ping { seq })
             }
             Action::Signal { slot, generation, signal } => self.signal(slot, generation, signal),
+            Action::Reloaded { edition, outcome } => self.reloaded(edition, outcome),
             Action::Note(note) => self.note(&note),
             Action::Stop => self.is_stopped = true,
         }
@@ -291,35 +311,34 @@ impl EventLoop {
     }
 
     fn spawn(&mut self, slot: SlotId, generation: Generation) {
-        let Some(placement) = usize::try_from(slot).ok().and_then(|slot| self.spec.plan.workers.get(slot))
-        else {
-            return; // The state has as many slots as the plan has workers.
+        let Some((edition, placement)) = self.editions.of_slot(slot) else {
+            return; // Each slot of the state is a worker of the plan of its edition.
         };
         let spec = SpawnSpec {
-            program: &self.spec.worker_program,
-            args: &self.spec.worker_args,
-            image: &self.image,
+            program: &edition.spec.worker_program,
+            args: &edition.spec.worker_args,
+            image: &edition.image,
             placement,
-            numa: self.spec.config.affinity.numa,
+            numa: edition.spec.config.affinity.numa,
         };
         match spawn(&spec) {
             Ok((child, stream)) => {
                 let pid = child.pid();
                 tracing::info!(
-                    slot,
+                    slot = slot_number(slot),
                     generation,
                     pid,
                     cpus = report::cpu_list(&placement.cpus),
                     "worker started"
                 );
-                let setup = report::worker_setup(slot, &self.spec, placement);
+                let setup = report::worker_setup(slot_number(slot), &edition.spec, placement);
                 self.links
                     .insert(slot, WorkerLink::start(slot, generation, child, stream, self.events.clone()));
                 self.pending.push_back(Event::WorkerSpawned { slot, generation, pid });
                 self.order(slot, generation, &ToWorker::Hello { version: PROTOCOL_VERSION, setup });
             }
             Err(error) => {
-                tracing::error!(slot, generation, %error, "worker not started");
+                tracing::error!(slot = slot_number(slot), generation, %error, "worker not started");
                 let (error, exit_code) = error.to_wire();
                 self.pending.push_back(Event::WorkerSpawnFailed { slot, generation, error, exit_code });
             }
@@ -332,7 +351,7 @@ impl EventLoop {
             Ok(frame) => frame,
             Err(error) => {
                 // Only a job can be too large, and admission sees to it that none is.
-                tracing::error!(slot, %error, "order not sent");
+                tracing::error!(slot = slot_number(slot), %error, "order not sent");
                 if let ToWorker::Job { job, .. } = message {
                     let (job, error) = (*job, WireError::new(ErrorCode::Internal, error.to_string()));
                     let message = WorkerSaid::Failed { job, error };

@@ -10,9 +10,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
+use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::fstat;
 
 /// Where the model comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +66,12 @@ pub enum ImageError {
 }
 
 impl ImageError {
+    /// What a client is told whose reload it stopped.
+    pub(crate) fn to_wire(&self) -> WireError {
+        let cause = std::error::Error::source(self).map_or_else(String::new, |cause| format!(": {cause}"));
+        WireError::new(ErrorCode::InvalidRequest, format!("{self}{cause}"))
+    }
+
     /// How the program should end.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
@@ -92,6 +100,24 @@ impl ModelImage {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let head = memfd_create(c"bitnetd-head", flags).map_err(|error| ImageError::Memory(error.into()))?;
         Ok(Self { model, head })
+    }
+
+    /// True if both are the very same file and it was not written to in between. Memory is never the same.
+    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
+        let identity = |image: &Self| {
+            fstat(&image.model).map(|stat| {
+                (
+                    stat.st_dev,
+                    stat.st_ino,
+                    stat.st_size,
+                    stat.st_mtime,
+                    stat.st_mtime_nsec,
+                    stat.st_ctime,
+                    stat.st_ctime_nsec,
+                )
+            })
+        };
+        identity(self).is_ok_and(|ours| identity(other) == Ok(ours))
     }
 
     /// The model's bytes, read-only.

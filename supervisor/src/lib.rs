@@ -8,6 +8,7 @@ mod activation; // What systemd passes on: sockets and stored memory.
 mod backoff; // How long a slot waits, and when it gives up.
 mod child; // One worker process: the only unsafe code.
 mod connection; // One client.
+mod editions; // What each slot's workers are started with.
 mod event_loop; // The one task that owns the state.
 mod image; // The model every worker inherits.
 mod link; // The task of one worker.
@@ -22,5 +23,5 @@ pub use activation::{Activation, ActivationError};
 pub use image::{ImageError, ModelSource};
 pub use listener::{ListenError, Listener};
 pub use notify::Notifier;
-pub use service::{Job, JobEvent, Service, ServiceSpec, StartError};
+pub use service::{Job, JobEvent, Reloader, Service, ServiceSpec, StartError};
 pub use state::ClientId;

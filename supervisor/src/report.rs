@@ -7,13 +7,16 @@ use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::status::{Health, SlotReport, StatusReport, Totals};
 use bitnetd_proto::worker_link::WorkerSetup;
 
+use crate::editions::Editions;
 use crate::service::ServiceSpec;
-use crate::state::{Slot, State};
+use crate::state::{Slot, State, slot_number};
 
 /// Name and version, as in the handshake.
 pub(crate) const SERVER: &str = concat!("bitnetd/", env!("CARGO_PKG_VERSION"));
 
-pub(crate) fn status(state: &State, spec: &ServiceSpec, uptime: Duration) -> StatusReport {
+pub(crate) fn status(state: &State, editions: &Editions, uptime: Duration) -> StatusReport {
+    let mut slots: Vec<&Slot> = state.slots().iter().collect();
+    slots.sort_by_key(|slot| (slot_number(slot.id), slot.id));
     StatusReport {
         server: SERVER.into(),
         pid: std::process::id(),
@@ -21,13 +24,11 @@ pub(crate) fn status(state: &State, spec: &ServiceSpec, uptime: Duration) -> Sta
         health: state.health(),
         model: state.model().cloned(),
         queued: u32::try_from(state.n_queued()).unwrap_or(u32::MAX),
-        queue_max: spec.config.queue.max_jobs,
+        queue_max: editions.present().spec.config.queue.max_jobs,
         totals: state.totals(),
-        slots: state
-            .slots()
-            .iter()
-            .zip(&spec.plan.workers)
-            .map(|(slot, place)| slot_report(slot, place))
+        slots: slots
+            .into_iter()
+            .filter_map(|slot| Some(slot_report(slot, editions.of_slot(slot.id)?.1)))
             .collect(),
     }
 }
@@ -49,7 +50,7 @@ pub(crate) fn nothing() -> StatusReport {
 
 fn slot_report(slot: &Slot, placement: &WorkerPlacement) -> SlotReport {
     SlotReport {
-        slot: slot.id,
+        slot: slot_number(slot.id),
         state: slot.state_name().into(),
         pid: slot.pid,
         cpus: cpu_list(&placement.cpus),

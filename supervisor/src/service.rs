@@ -13,7 +13,8 @@ use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::GenerateRequest;
 use bitnetd_proto::status::StatusReport;
 use bitnetd_proto::worker_link::ModelSummary;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
+use tokio::task::spawn_blocking;
 
 use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
@@ -79,8 +80,25 @@ impl StartError {
     }
 }
 
-/// Reads the configuration again and carries it out; what `reload` on a socket calls.
-type Reloader = Box<dyn Fn() -> Result<(), WireError> + Send + Sync>;
+/// Reads the configuration again, and hears whether it came to hold.
+pub trait Reloader: Send + Sync {
+    /// The whole new configuration, checked. May block: it has a thread to itself.
+    ///
+    /// # Errors
+    /// Whatever is wrong with it; then nothing changes.
+    fn read(&self) -> Result<ServiceSpec, WireError>;
+
+    /// This configuration holds from now on.
+    fn taken_over(&self, config: &Config);
+}
+
+/// What a service knows of reloads.
+#[derive(Default)]
+struct Reloads {
+    reloader: OnceLock<Arc<dyn Reloader>>,
+    /// One at a time; the next one reads the file when it is its turn.
+    turn: Mutex<()>,
+}
 
 /// A running service. Cheap to clone; when the last clone and the last [`Job`] are gone, the workers are killed.
 #[derive(Clone)]
@@ -91,7 +109,7 @@ pub struct Service {
     ended: watch::Receiver<Option<Ended>>,
     /// True from the moment on that no new job is taken.
     ending: Arc<watch::Sender<bool>>,
-    reloader: Arc<OnceLock<Reloader>>,
+    reloads: Arc<Reloads>,
 }
 
 impl fmt::Debug for Service {
@@ -125,7 +143,7 @@ impl Service {
         let (ended_out, ended) = watch::channel(None);
         tokio::spawn(EventLoop::new(spec, image, notifier, readiness_out).run(commands_in, ended_out));
         let ending = Arc::new(watch::channel(false).0);
-        Ok(Self { commands, readiness, ended, ending, reloader: Arc::default() })
+        Ok(Self { commands, readiness, ended, ending, reloads: Arc::default() })
     }
 
     /// Waits until every slot (or `service.ready_workers` of them) has been ready once.
@@ -187,7 +205,7 @@ impl Service {
     /// # Errors
     /// [`ErrorCode::NotFound`] if there is no such slot.
     pub async fn restart(&self, slot: u32) -> Result<(), WireError> {
-        self.ask(|reply| Command::Restart { slot, reply }).await?
+        self.ask(|reply| Command::Restart { number: slot, reply }).await?
     }
 
     /// Begins to stop: no new jobs, the accepted ones are finished (within the configured time), then the workers
@@ -222,18 +240,45 @@ impl Service {
         }
     }
 
-    /// Says what a client's `reload` does. The first call counts.
-    pub fn on_reload(&self, reloader: impl Fn() -> Result<(), WireError> + Send + Sync + 'static) {
-        let _already = self.reloader.set(Box::new(reloader));
+    /// Says where a reload gets its configuration from. The first call counts.
+    pub fn on_reload(&self, reloader: impl Reloader + 'static) {
+        let _already = self.reloads.reloader.set(Arc::new(reloader));
     }
 
-    pub(crate) fn reload(&self) -> Result<(), WireError> {
-        match self.reloader.get() {
-            Some(reloader) => reloader(),
-            None => {
-                Err(WireError::new(ErrorCode::InvalidRequest, "this service cannot reload its configuration"))
-            }
+    /// Reads the configuration again and changes over to it: whole, or not at all. No job is lost.
+    ///
+    /// Answers when the first worker of the new configuration is ready and it holds (the other workers are replaced
+    /// one by one after that), or when it is clear that the old one stays. A reload while another one is under way
+    /// waits its turn.
+    ///
+    /// # Errors
+    /// What is wrong with the new configuration; [`ErrorCode::Overloaded`] while jobs of a former model still run.
+    pub async fn reload(&self) -> Result<(), WireError> {
+        let Some(reloader) = self.reloads.reloader.get().cloned() else {
+            let text = "this service cannot reload its configuration";
+            return Err(WireError::new(ErrorCode::InvalidRequest, text));
+        };
+        let _turn = self.reloads.turn.lock().await;
+        let read = {
+            let reloader = reloader.clone();
+            spawn_blocking(move || reloader.read()).await
+        };
+        let spec = read.map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))??;
+        let config = spec.config.clone();
+        self.reload_to(spec).await?;
+        reloader.taken_over(&config);
+        Ok(())
+    }
+
+    /// Changes over to this configuration, as [`Self::reload`] does.
+    ///
+    /// # Errors
+    /// As [`Self::reload`].
+    pub async fn reload_to(&self, spec: ServiceSpec) -> Result<(), WireError> {
+        if spec.plan.workers.is_empty() {
+            return Err(WireError::new(ErrorCode::InvalidRequest, "the plan has no worker"));
         }
+        self.ask(|reply| Command::Reload { spec: Box::new(spec), reply }).await?
     }
 
     async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, WireError> {

@@ -6,15 +6,15 @@
 //!
 //! Invariants, held by the property test in `state/tests.rs` after every event:
 //! * a slot has at most one live process; what an older generation says changes nothing;
-//! * a job is in one place (one of the two waiting lines, to be resumed, suspect, or on one slot) and ends exactly once;
+//! * a job is in one place (one of the two waiting lines, to be resumed, suspect, or on one slot of its model) and ends
+//!   exactly once;
 //! * the client gets tokens 0, 1, 2 … of each job, without gap or repetition;
 //! * no more jobs wait than the configuration allows.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use bitnetd_config::{QueueConfig, RestartConfig, WatchdogConfig};
+use bitnetd_config::{Config, QueueConfig, RestartConfig, WatchdogConfig};
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::status::{Health, Totals};
@@ -23,18 +23,21 @@ use bitnetd_proto::worker_link::ModelSummary;
 mod events; // The closed enums: what happened, what to do.
 mod jobs; // Admission, routing, tokens, fail-over, the end.
 mod queue; // Who waits, in which order.
+mod reload; // From one configuration to the next.
 mod slots; // One process after the other in each slot.
 #[cfg(test)]
 mod tests;
 
 pub use events::ClientId;
 pub(crate) use events::{
-    Action, Event, Generation, JobId, Note, SlotId, Standing, StopSignal, WorkerExit, WorkerSaid,
+    Action, Edition, Event, Generation, JobId, ModelId, NewConfig, Note, SlotId, Standing, StopSignal,
+    WorkerExit, WorkerSaid, slot_edition, slot_number,
 };
 use jobs::{JobRecord, NewJob};
-pub(crate) use queue::WaitQueue;
+use queue::Pool;
+use reload::Change;
 pub(crate) use slots::Slot;
-use slots::Then;
+use slots::{Role, Then};
 
 use crate::backoff::Jitter;
 
@@ -51,6 +54,18 @@ pub(crate) struct Policy {
     pub(crate) max_batch: u32,
     /// The service is ready when so many slots have been; `None`: all of them.
     pub(crate) n_ready_min: Option<u32>,
+}
+
+impl Policy {
+    pub(crate) fn new(config: &Config) -> Self {
+        Self {
+            queue: config.queue.clone(),
+            restart: config.restart.clone(),
+            watchdog: config.watchdog.clone(),
+            max_batch: config.engine.max_batch,
+            n_ready_min: config.service.ready_workers,
+        }
+    }
 }
 
 /// The life of the whole service. It only ever goes down this list.
@@ -84,16 +99,12 @@ pub(crate) struct State {
     service: Service,
     slots: Vec<Slot>,
     jobs: BTreeMap<JobId, JobRecord>,
-    /// Accepted, never on a worker.
-    waiting: WaitQueue,
-    /// The same, of the journal.
-    durable: WaitQueue,
-    /// Attended jobs that went before a durable one that could have gone.
-    n_overtaken: u32,
-    /// Lost their worker; they go first, since their clients are in the middle of an answer.
-    resumed: BTreeSet<(Reverse<i8>, JobId)>,
-    /// One death from being given up: each gets a worker to itself.
-    suspects: VecDeque<JobId>,
+    /// Jobs without a worker, by the model they were accepted for: the present one, and perhaps a former one.
+    pools: BTreeMap<ModelId, Pool>,
+    /// The model that new jobs get.
+    model_id: ModelId,
+    /// A reload that is under way.
+    change: Option<Change>,
     deadlines: BTreeSet<(Duration, JobId)>,
     jitter: Jitter,
     totals: Totals,
@@ -109,15 +120,13 @@ impl State {
     /// `n_slots` empty slots. The first event makes them start.
     pub(crate) fn new(policy: Policy, n_slots: u32, seed: u64) -> Self {
         Self {
-            policy,
             service: Service::Running,
-            slots: (0..n_slots).map(Slot::new).collect(),
+            slots: (0..n_slots).map(|number| Slot::new(number, 0, Role::Serving, policy.max_batch)).collect(),
             jobs: BTreeMap::new(),
-            waiting: WaitQueue::default(),
-            durable: WaitQueue::default(),
-            n_overtaken: 0,
-            resumed: BTreeSet::new(),
-            suspects: VecDeque::new(),
+            policy,
+            pools: BTreeMap::from([(0, Pool::default())]),
+            model_id: 0,
+            change: None,
             deadlines: BTreeSet::new(),
             jitter: Jitter::new(seed),
             totals: Totals::default(),
@@ -166,6 +175,7 @@ impl State {
                 }
             }
             Event::RestartRequested { slot } => self.restart_slot(slot, now),
+            Event::ReloadRequested { config } => self.reload(*config, now),
             Event::DrainRequested => self.drain(now),
             Event::StopRequested => self.stop_now(),
             Event::TimePassed => {}
@@ -210,14 +220,15 @@ impl State {
     }
 
     fn slot_mut(&mut self, slot: SlotId) -> Option<&mut Slot> {
-        self.slots.get_mut(usize::try_from(slot).ok()?)
+        self.slots.iter_mut().find(|of| of.id == slot)
     }
 
     fn drain(&mut self, now: Duration) {
         if self.service == Service::Running {
             self.service = Service::Draining { until: now + self.policy.restart.drain_timeout };
+            self.abandon_change();
             // What has not begun goes on after the next start.
-            while let Some(job) = self.durable.pop() {
+            while let Some(job) = self.pools.values_mut().find_map(|pool| pool.durable.pop()) {
                 self.give_up(job, WireError::new(ErrorCode::Draining, "the service is stopping"));
             }
             self.note(Note::Draining { n_jobs: self.jobs.len() });
@@ -229,17 +240,17 @@ impl State {
             return;
         }
         self.service = Service::Stopping;
+        self.abandon_change();
         self.end_all(&WireError::new(ErrorCode::Draining, "the service is stopping"));
-        for slot in 0..self.n_slots() {
+        for slot in self.slot_ids() {
             self.stop_slot(slot, StopSignal::Kill, Duration::ZERO);
         }
     }
 
     /// Brings everything that depends on several slots or jobs up to date.
     fn settle(&mut self, now: Duration) {
-        if !self.slots.is_empty() && self.slots.iter().all(Slot::is_failed) {
-            self.end_all(&self.degraded_error());
-        }
+        self.settle_change(now);
+        self.end_hopeless();
         self.dispatch(now);
         if let Service::Draining { until } = self.service {
             if until <= now {
@@ -250,7 +261,7 @@ impl State {
             }
             if self.jobs.is_empty() {
                 self.service = Service::Stopping;
-                for slot in 0..self.n_slots() {
+                for slot in self.slot_ids() {
                     self.stop_slot(slot, StopSignal::Terminate, now + STOP_GRACE);
                 }
             }
@@ -265,13 +276,18 @@ impl State {
         self.actions.push(Action::Note(note));
     }
 
-    fn n_slots(&self) -> u32 {
-        u32::try_from(self.slots.len()).unwrap_or(u32::MAX)
+    fn slot_ids(&self) -> Vec<SlotId> {
+        self.slots.iter().map(|slot| slot.id).collect()
     }
 
-    fn degraded_error(&self) -> WireError {
-        let reason =
-            self.slots.iter().find_map(Slot::failure).map_or("", |(error, _)| error.message.as_str());
+    /// The slots of the present configuration.
+    fn serving(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().filter(|slot| slot.role == Role::Serving)
+    }
+
+    fn degraded_error(&self, model: ModelId) -> WireError {
+        let mut slots = self.slots.iter().filter(|slot| slot.model == model);
+        let reason = slots.find_map(Slot::failure).map_or("", |(error, _)| error.message.as_str());
         WireError::new(ErrorCode::Degraded, format!("no worker can be started: {reason}"))
             .with_hint("see the log; `bitnetd restart N` tries slot N again")
             .with_retry_after_ms(30_000)
@@ -281,7 +297,7 @@ impl State {
 
     pub(crate) fn health(&self) -> Health {
         match self.service {
-            Service::Running if self.slots.iter().any(Slot::is_failed) => Health::Degraded,
+            Service::Running if self.serving().any(Slot::is_failed) => Health::Degraded,
             Service::Running if self.model.is_some() => Health::Ready,
             Service::Running => Health::Starting,
             _ => Health::Draining,
@@ -289,16 +305,21 @@ impl State {
     }
 
     pub(crate) fn readiness(&self) -> Readiness {
-        let n_slots = self.slots.len();
+        let slots: Vec<&Slot> = self.serving().collect();
+        let n_slots = slots.len();
         let n_wanted = self.policy.n_ready_min.and_then(|min| usize::try_from(min).ok()).unwrap_or(n_slots);
         let n_wanted = n_wanted.min(n_slots);
-        let n_ready = self.slots.iter().filter(|slot| slot.was_ready).count();
+        let n_ready = slots.iter().filter(|slot| slot.was_ready).count();
         if let Some(model) = self.model.as_ref().filter(|_| n_ready >= n_wanted) {
             return Readiness::Ready(model.clone());
         }
-        let mut failures = self.slots.iter().filter(|slot| !slot.was_ready).filter_map(|slot| {
+        let mut failures = slots.iter().filter(|slot| !slot.was_ready).filter_map(|slot| {
             let (error, exit_code) = slot.failure()?;
-            Some(Readiness::Failed { slot: slot.id, error: error.clone(), exit_code: *exit_code })
+            Some(Readiness::Failed {
+                slot: slot_number(slot.id),
+                error: error.clone(),
+                exit_code: *exit_code,
+            })
         });
         // One more than can be spared.
         failures.nth(n_slots - n_wanted).unwrap_or(Readiness::Starting)
@@ -306,7 +327,7 @@ impl State {
 
     /// Slots that take jobs now.
     pub(crate) fn n_ready(&self) -> usize {
-        self.slots.iter().filter(|slot| slot.is_ready()).count()
+        self.serving().filter(|slot| slot.is_ready()).count()
     }
 
     /// Jobs that may wait.
@@ -328,6 +349,16 @@ impl State {
 
     /// Jobs that have no worker now.
     pub(crate) fn n_queued(&self) -> usize {
-        self.waiting.len() + self.resumed.len() + self.suspects.len()
+        self.pools.values().map(Pool::n_urgent).sum()
+    }
+
+    /// The edition of a reload that is not decided yet.
+    pub(crate) fn edition_on_trial(&self) -> Option<Edition> {
+        self.change.as_ref().and_then(Change::edition_on_trial)
+    }
+
+    /// The slot of the present configuration that people know by this number.
+    pub(crate) fn slot_with_number(&self, number: u32) -> Option<SlotId> {
+        self.serving().map(|slot| slot.id).find(|&slot| slot_number(slot) == number)
     }
 }

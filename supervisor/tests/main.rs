@@ -11,5 +11,6 @@ mod clients; // Over the socket: good, bad and slow ones.
 mod failover; // Workers die in the middle of answers.
 mod lifecycle; // Start, drain, restart, orphans, descriptors.
 mod misbehaviour; // Workers that lie, hang, or never come up.
+mod reload; // From one configuration to the next.
 mod socket; // Taking and giving back the socket.
 mod support;

@@ -41,9 +41,16 @@ fn main() {
     let hello = read_frame::<ToWorker>(Link).unwrap().expect("the supervisor hung up before hello");
     let setup = check_worker_hello(hello).unwrap();
     let n_start = script.note_start(setup.slot);
+    let salt = salt();
     let script = if script.only.is_some_and(|only| n_start >= only) { script.tame() } else { script };
     become_ready(&script);
-    Worker { script, jobs: BTreeMap::new(), n_tokens: 0, steps: 0 }.run();
+    Worker { script, salt, jobs: BTreeMap::new(), n_tokens: 0, steps: 0 }.run();
+}
+
+/// A model is the text `salt=N` or any other, which stands for 0. Models with another salt say other tokens.
+fn salt() -> u64 {
+    let image = std::fs::read("/proc/self/fd/4").unwrap();
+    std::str::from_utf8(&image).ok().and_then(|text| text.strip_prefix("salt=")?.parse().ok()).unwrap_or(0)
 }
 
 /// What goes wrong, and when.
@@ -219,6 +226,7 @@ struct Job {
 
 struct Worker {
     script: Script,
+    salt: u64,
     jobs: BTreeMap<u64, Job>,
     /// Said by this process.
     n_tokens: u64,
@@ -250,7 +258,7 @@ impl Worker {
         match message {
             ToWorker::Hello { .. } => panic!("a second hello"),
             ToWorker::Job { job, request, resume } => {
-                let seed = request.sampling.seed.expect("the supervisor fills in the seed");
+                let seed = self.salt + request.sampling.seed.expect("the supervisor fills in the seed");
                 for (index, id) in (0..).zip(&resume) {
                     assert_eq!(*id, token_id(seed, index), "job {job} is resumed with tokens it never had");
                 }

@@ -10,12 +10,44 @@ use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::GenerateRequest;
 use bitnetd_proto::worker_link::{ModelSummary, WorkerLoad};
 
+use super::Policy;
+
 /// The supervisor's name of a job.
 pub(crate) type JobId = u64;
-/// Number of a slot.
+/// Name of a slot: its number in the split, and which reload made it (see [`slot_id`]).
 pub(crate) type SlotId = u32;
+/// Counts the reloads; each brings an edition of the configuration. The first is 0.
+pub(crate) type Edition = u16;
+/// The edition that brought the model. Jobs of one model never run on workers of another.
+pub(crate) type ModelId = Edition;
 /// Counts the processes of one slot. What an older one still says is ignored.
 pub(crate) type Generation = u64;
+
+/// The slot with that number in an edition. Slots of the first edition are named by their number.
+pub(crate) fn slot_id(edition: Edition, number: u16) -> SlotId {
+    u32::from(edition) << 16 | u32::from(number)
+}
+
+/// The number that people know a slot by.
+pub(crate) fn slot_number(slot: SlotId) -> u32 {
+    slot & 0xffff
+}
+
+/// The edition that made the slot.
+pub(crate) fn slot_edition(slot: SlotId) -> Edition {
+    Edition::try_from(slot >> 16).unwrap_or(Edition::MAX)
+}
+
+/// A new configuration, as far as the state machine cares.
+#[derive(Clone, Debug)]
+pub(crate) struct NewConfig {
+    pub(crate) edition: Edition,
+    pub(crate) policy: Policy,
+    /// That of the present one, if both give the same answers.
+    pub(crate) model: ModelId,
+    /// For each worker of the new split: the slot that goes on as it is, or `None` for a new process.
+    pub(crate) seats: Vec<Option<SlotId>>,
+}
 
 /// On whose behalf a job runs; fairness and limits are between these.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,6 +92,8 @@ pub(crate) enum Event {
     WorkerExited { slot: SlotId, generation: Generation, exit: WorkerExit },
     /// An operator wants a new process in a slot.
     RestartRequested { slot: SlotId },
+    /// A new configuration is to take the place of the present one. Answered with `Reloaded`, now or later.
+    ReloadRequested { config: Box<NewConfig> },
     /// No new jobs; finish the accepted ones, then stop.
     DrainRequested,
     /// Stop now.
@@ -114,6 +148,8 @@ pub(crate) enum Action {
     SendPing { slot: SlotId, generation: Generation, seq: u64 },
     /// Signal a worker's process group.
     Signal { slot: SlotId, generation: Generation, signal: StopSignal },
+    /// The answer to `ReloadRequested`: the new configuration holds, or the old one goes on holding.
+    Reloaded { edition: Edition, outcome: Result<(), WireError> },
     /// Write a line into the log.
     Note(Note),
     /// Every worker is reaped, every job has ended; nothing follows.
@@ -189,6 +225,12 @@ pub(crate) enum Note {
     JobEnded { job: JobId, error: Option<WireError> },
     /// A job was refused.
     JobRefused { client: ClientId, error: WireError },
+    /// A new configuration holds.
+    Reloaded { edition: Edition, n_kept: usize, n_new: usize, is_new_model: bool },
+    /// A new configuration was refused.
+    ReloadFailed { edition: Edition, error: WireError },
+    /// A worker of a former configuration is told to end; so many of its jobs move.
+    WorkerRetired { slot: SlotId, n_jobs: usize },
     /// The service takes no new jobs.
     Draining { n_jobs: usize },
 }

@@ -8,24 +8,23 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::request::{GenerateRequest, Prompt};
 
-use super::events::{Action, ClientId, JobId, Note, SlotId, Standing};
-use super::slots::Then;
+use super::events::{Action, ClientId, JobId, ModelId, Note, SlotId, Standing, slot_number};
+use super::queue::Pool;
+use super::slots::{Role, Then};
 use super::{Service, Slot, State};
 
 /// A job that dies with its worker this many times `queue.max_deaths` is given up even if it makes progress in
 /// between, so that one that costs a worker for each token does not go on for long.
 const DEATHS_IN_ALL_FACTOR: u32 = 16;
-/// A durable job that could go is overtaken by this many attended ones, at most.
-const OVERTAKEN_MAX: u32 = 7;
 
 /// Where a job is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// In `State::waiting`, or in `State::durable`.
+    /// In `Pool::waiting`, or in `Pool::durable`.
     Waiting,
-    /// In `State::resumed`.
+    /// In `Pool::resumed`.
     Resumed,
-    /// In `State::suspects`.
+    /// In `Pool::suspects`.
     Suspect,
     /// In `Slot::jobs`.
     OnSlot(SlotId),
@@ -44,6 +43,8 @@ pub(super) struct NewJob {
 #[derive(Debug)]
 pub(super) struct JobRecord {
     pub(super) client: ClientId,
+    /// The model it was accepted for, and the only one that it ever runs on.
+    pub(super) model: ModelId,
     pub(super) request: Arc<GenerateRequest>,
     pub(super) is_durable: bool,
     pub(super) place: Place,
@@ -98,7 +99,7 @@ impl JobRecord {
         timings.queue_s = self.first_dispatch_at.map_or(0.0, since_accepted);
         timings.ttft_s = self.first_token_at.map_or(0.0, since_accepted);
         timings.total_s = since_accepted(now);
-        timings.slot = slot;
+        timings.slot = slot_number(slot);
         timings.failovers = self.dispatches.saturating_sub(1);
         if timings.failovers > 0
             && let (Some(first), Some(last)) = (self.first_token_at, self.last_token_at)
@@ -135,10 +136,12 @@ impl State {
         if let Some(at) = deadline {
             self.deadlines.insert((at, job));
         }
+        let model = self.model_id;
         let place = self.first_place(job, &client, standing, request.priority);
         let deaths = standing.deaths();
         let record = JobRecord {
             client,
+            model,
             request,
             is_durable: standing.is_durable(),
             place,
@@ -160,10 +163,11 @@ impl State {
     /// Where a new job waits. A durable one that was on board of deaths before is a suspect from the start.
     fn first_place(&mut self, job: JobId, client: &ClientId, standing: Standing, priority: i8) -> Place {
         if standing.deaths() > 0 && self.is_suspect(standing.deaths()) {
-            self.suspects.push_back(job);
+            self.pools.entry(self.model_id).or_default().suspects.push_back(job);
             return Place::Suspect;
         }
-        let line = if standing.is_durable() { &mut self.durable } else { &mut self.waiting };
+        let pool = self.pools.entry(self.model_id).or_default();
+        let line = if standing.is_durable() { &mut pool.durable } else { &mut pool.waiting };
         line.push(client.clone(), priority, job);
         Place::Waiting
     }
@@ -183,15 +187,15 @@ impl State {
             return Err(WireError::new(ErrorCode::Draining, "the service is stopping and takes no new jobs")
                 .with_retry_after_ms(1000));
         }
-        if self.slots.iter().all(Slot::is_failed) {
-            return Err(self.degraded_error());
+        if self.is_hopeless(self.model_id) {
+            return Err(self.degraded_error(self.model_id));
         }
         request.validate()?;
         if standing.is_durable() {
             return Ok(());
         }
         let max_jobs = self.policy.queue.max_jobs as usize;
-        if self.waiting.len() >= max_jobs {
+        if self.n_waiting() >= max_jobs {
             return Err(WireError::new(
                 ErrorCode::Overloaded,
                 format!("{max_jobs} jobs are waiting already"),
@@ -199,7 +203,8 @@ impl State {
             .with_retry_after_ms(self.retry_after_ms()));
         }
         let max_per_client = self.policy.queue.max_per_client as usize;
-        if self.waiting.len_of(client) >= max_per_client {
+        let n_of_client: usize = self.pools.values().map(|pool| pool.waiting.len_of(client)).sum();
+        if n_of_client >= max_per_client {
             let text = format!("{max_per_client} jobs of this client are waiting already");
             return Err(
                 WireError::new(ErrorCode::Overloaded, text).with_retry_after_ms(self.retry_after_ms())
@@ -218,20 +223,32 @@ impl State {
     fn retry_after_ms(&self) -> u64 {
         let n_ready = self.slots.iter().filter(|slot| slot.is_ready()).count().max(1);
         let at_once = (n_ready * self.policy.max_batch.max(1) as usize) as f64;
-        let rounds = (self.waiting.len() as f64 / 2.0 / at_once).max(0.25);
+        let rounds = (self.n_waiting() as f64 / 2.0 / at_once).max(0.25);
         (rounds * self.job_seconds * 1000.0).clamp(50.0, 60_000.0) as u64
+    }
+
+    /// Jobs that wait for their first worker.
+    pub(super) fn n_waiting(&self) -> usize {
+        self.pools.values().map(|pool| pool.waiting.len()).sum()
     }
 
     /// Gives waiting jobs to ready workers.
     pub(super) fn dispatch(&mut self, now: Duration) {
-        let held = self.dispatch_suspects(now);
-        while let Some(slot) = self.least_loaded_slot(held) {
-            if let Some((_, job)) = self.resumed.pop_first() {
+        let models: Vec<ModelId> = self.pools.keys().copied().collect();
+        for model in models {
+            self.dispatch_model(model, now);
+        }
+    }
+
+    fn dispatch_model(&mut self, model: ModelId, now: Duration) {
+        let held = self.dispatch_suspects(model, now);
+        while let Some(slot) = self.least_loaded_slot(model, held) {
+            let Some(pool) = self.pools.get_mut(&model) else { return };
+            if let Some((_, job)) = pool.resumed.pop_first() {
                 self.place(job, slot, now);
-            } else if self.durable_has_its_turn() && self.dispatch_durable(held, now) {
-                self.n_overtaken = 0;
-            } else if let Some(job) = self.waiting.pop() {
-                self.n_overtaken = (self.n_overtaken + u32::from(self.durable.len() > 0)).min(OVERTAKEN_MAX);
+            } else if pool.durable_has_its_turn() && self.dispatch_durable(model, held, now) {
+                self.pools.entry(model).or_default().n_overtaken = 0;
+            } else if let Some(job) = self.pools.get_mut(&model).and_then(Pool::pop_waiting) {
                 self.place(job, slot, now);
             } else {
                 return;
@@ -239,32 +256,27 @@ impl State {
         }
     }
 
-    /// Durable jobs go when nobody waits for a place, and now and then in between.
-    fn durable_has_its_turn(&self) -> bool {
-        self.durable.len() > 0 && (self.waiting.len() == 0 || self.n_overtaken >= OVERTAKEN_MAX)
-    }
-
     /// Gives one durable job to the worker with the least to do, among those that have room for one more of them.
-    fn dispatch_durable(&mut self, held: Option<SlotId>, now: Duration) -> bool {
+    fn dispatch_durable(&mut self, model: ModelId, held: Option<SlotId>, now: Duration) -> bool {
         let n_max = self.policy.queue.durable.per_worker.clamp(1, self.policy.max_batch.max(1)) as usize;
         let is_durable = |job: &JobId| self.jobs.get(job).is_some_and(|record| record.is_durable);
         let has_room = |slot: &Slot| slot.jobs.iter().filter(|job| is_durable(job)).count() < n_max;
-        let Some(slot) = self.least_loaded_of(held, has_room) else { return false };
-        let Some(job) = self.durable.pop() else { return false };
+        let Some(slot) = self.least_loaded_of(model, held, has_room) else { return false };
+        let Some(job) = self.pools.get_mut(&model).and_then(|pool| pool.durable.pop()) else { return false };
         self.place(job, slot, now);
         true
     }
 
     /// Suspects run alone. While one waits, the emptiest worker gets nothing new, until it is empty.
-    fn dispatch_suspects(&mut self, now: Duration) -> Option<SlotId> {
-        while let Some(&job) = self.suspects.front() {
-            let free = self.slots.iter().filter(|slot| slot.is_ready() && slot.alone.is_none());
+    fn dispatch_suspects(&mut self, model: ModelId, now: Duration) -> Option<SlotId> {
+        while let Some(&job) = self.pools.get(&model)?.suspects.front() {
+            let free = self.slots.iter().filter(|slot| slot.takes_jobs(model) && slot.alone.is_none());
             let slot = free.min_by_key(|slot| (slot.jobs.len(), slot.id))?;
             let (id, is_empty) = (slot.id, slot.jobs.is_empty());
             if !is_empty {
                 return Some(id);
             }
-            self.suspects.pop_front();
+            self.pools.get_mut(&model)?.suspects.pop_front();
             self.place(job, id, now);
             if let Some(slot) = self.slot_mut(id) {
                 slot.alone = Some(job);
@@ -273,17 +285,22 @@ impl State {
         None
     }
 
-    fn least_loaded_slot(&self, held: Option<SlotId>) -> Option<SlotId> {
-        self.least_loaded_of(held, |_| true)
+    fn least_loaded_slot(&self, model: ModelId, held: Option<SlotId>) -> Option<SlotId> {
+        self.least_loaded_of(model, held, |_| true)
     }
 
-    fn least_loaded_of(&self, held: Option<SlotId>, may: impl Fn(&Slot) -> bool) -> Option<SlotId> {
-        let max_batch = self.policy.max_batch.max(1) as usize;
+    fn least_loaded_of(
+        &self,
+        model: ModelId,
+        held: Option<SlotId>,
+        may: impl Fn(&Slot) -> bool,
+    ) -> Option<SlotId> {
         self.slots
             .iter()
-            .filter(|slot| slot.is_ready() && slot.alone.is_none() && Some(slot.id) != held)
-            .filter(|slot| slot.jobs.len() < max_batch && may(slot))
-            .min_by_key(|slot| (self.outstanding_tokens(slot), slot.id))
+            .filter(|slot| slot.takes_jobs(model) && slot.alone.is_none() && Some(slot.id) != held)
+            .filter(|slot| slot.jobs.len() < slot.max_batch.max(1) as usize && may(slot))
+            // What goes to a worker that is to be replaced has to move soon.
+            .min_by_key(|slot| (slot.role == Role::Retiring, self.outstanding_tokens(slot), slot.id))
             .map(|slot| slot.id)
     }
 
@@ -377,13 +394,13 @@ impl State {
         if is_death && record.is_durable {
             self.actions.push(Action::CountDeath { job, deaths: in_row });
         }
+        let pool = self.pools.entry(record.model).or_default();
         if in_row > 0 && in_row + 1 >= max_deaths {
             record.place = Place::Suspect;
-            self.suspects.push_back(job);
+            pool.suspects.push_back(job);
         } else {
             record.place = Place::Resumed;
-            let key = (record.priority(), job);
-            self.resumed.insert(key);
+            pool.resumed.insert((record.priority(), job));
         }
         self.note(Note::JobFailedOver { job, slot, n_delivered });
     }
@@ -412,6 +429,29 @@ impl State {
         }
     }
 
+    /// True if no worker of that model is there, or will be without an operator.
+    pub(super) fn is_hopeless(&self, model: ModelId) -> bool {
+        let mut slots =
+            self.slots.iter().filter(|slot| slot.model == model && slot.role != Role::Trial).peekable();
+        slots.peek().is_some() && slots.all(Slot::is_failed) && !self.has_slots_to_come(model)
+    }
+
+    /// Ends the jobs that nobody can ever work on.
+    pub(super) fn end_hopeless(&mut self) {
+        let models: Vec<ModelId> = self.pools.keys().copied().collect();
+        for model in models {
+            if !self.is_hopeless(model) {
+                continue;
+            }
+            let error = self.degraded_error(model);
+            let jobs: Vec<JobId> =
+                self.jobs.iter().filter(|(_, record)| record.model == model).map(|(&job, _)| job).collect();
+            for job in jobs {
+                self.give_up(job, error.clone());
+            }
+        }
+    }
+
     pub(super) fn expire_jobs(&mut self, now: Duration) {
         while let Some(&(at, job)) = self.deadlines.first().filter(|(at, _)| *at <= now) {
             self.deadlines.remove(&(at, job));
@@ -423,15 +463,16 @@ impl State {
     /// Forgets a job and tells its client. The only way out of `jobs`.
     fn end(&mut self, job: JobId, outcome: Result<Done, WireError>) {
         let Some(record) = self.jobs.remove(&job) else { return };
+        let pool = self.pools.entry(record.model).or_default();
         match record.place {
             Place::Waiting => {
-                let line = if record.is_durable { &mut self.durable } else { &mut self.waiting };
+                let line = if record.is_durable { &mut pool.durable } else { &mut pool.waiting };
                 line.remove(&record.client, record.request.priority, job);
             }
             Place::Resumed => {
-                self.resumed.remove(&(record.priority(), job));
+                pool.resumed.remove(&(record.priority(), job));
             }
-            Place::Suspect => self.suspects.retain(|&suspect| suspect != job),
+            Place::Suspect => pool.suspects.retain(|&suspect| suspect != job),
             Place::OnSlot(slot) => {
                 if let Some(of) = self.slot_mut(slot) {
                     of.jobs.remove(&job);

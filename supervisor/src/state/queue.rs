@@ -1,9 +1,50 @@
-//! The jobs that wait for their first worker: priorities, then clients in turn, then first come first served.
+//! The jobs that have no worker. Those that wait for their first: priorities, then clients in turn, then first come.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use super::{ClientId, JobId};
+
+/// A durable job that could go is overtaken by this many attended ones, at most.
+const OVERTAKEN_MAX: u32 = 7;
+
+/// Jobs of one model that have no worker.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pool {
+    /// Accepted, never on a worker.
+    pub(super) waiting: WaitQueue,
+    /// The same, of the journal.
+    pub(super) durable: WaitQueue,
+    /// Attended jobs that went before a durable one that could have gone.
+    pub(super) n_overtaken: u32,
+    /// Lost their worker; they go first, since their clients are in the middle of an answer.
+    pub(super) resumed: BTreeSet<(Reverse<i8>, JobId)>,
+    /// One death from being given up: each gets a worker to itself.
+    pub(super) suspects: VecDeque<JobId>,
+}
+
+impl Pool {
+    /// All but those of the journal that have not begun.
+    pub(super) fn n_urgent(&self) -> usize {
+        self.waiting.len() + self.resumed.len() + self.suspects.len()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.n_urgent() + self.durable.len()
+    }
+
+    /// Durable jobs go when nobody waits for a place, and now and then in between.
+    pub(super) fn durable_has_its_turn(&self) -> bool {
+        self.durable.len() > 0 && (self.waiting.len() == 0 || self.n_overtaken >= OVERTAKEN_MAX)
+    }
+
+    /// The next attended job.
+    pub(super) fn pop_waiting(&mut self) -> Option<JobId> {
+        let job = self.waiting.pop()?;
+        self.n_overtaken = (self.n_overtaken + u32::from(self.durable.len() > 0)).min(OVERTAKEN_MAX);
+        Some(job)
+    }
+}
 
 /// Jobs that wait. Higher priorities go first; within one, each client in turn gives its oldest.
 #[derive(Clone, Debug, Default)]

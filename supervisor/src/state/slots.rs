@@ -8,7 +8,9 @@ use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::handshake::check_version;
 use bitnetd_proto::worker_link::WorkerLoad;
 
-use super::events::{Action, Generation, JobId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid};
+use super::events::{
+    Action, Generation, JobId, ModelId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid, slot_number,
+};
 use super::{Policy, Service, State};
 use crate::backoff::RestartHistory;
 
@@ -52,6 +54,19 @@ pub(super) enum Then {
     Stop,
 }
 
+/// What a slot is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// It belongs to the present configuration.
+    Serving,
+    /// The first worker of a new configuration: what becomes of it decides whether that one comes to hold.
+    Trial,
+    /// It belongs to a former configuration: replaced soon, or finishing the jobs of a former model.
+    Retiring,
+    /// It is told to end, and forgotten when it has.
+    Leaving,
+}
+
 /// The watchdog of one ready worker.
 #[derive(Clone, Debug, PartialEq)]
 struct Watch {
@@ -65,6 +80,11 @@ struct Watch {
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) id: SlotId,
+    pub(super) role: Role,
+    /// The model that its processes load.
+    pub(super) model: ModelId,
+    /// Jobs that its processes work on together, at most.
+    pub(super) max_batch: u32,
     phase: Phase,
     /// Processes so far.
     pub(super) generation: Generation,
@@ -86,9 +106,12 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    pub(super) fn new(id: SlotId) -> Self {
+    pub(super) fn new(id: SlotId, model: ModelId, role: Role, max_batch: u32) -> Self {
         Self {
             id,
+            role,
+            model,
+            max_batch,
             phase: Phase::Backoff { until: Duration::ZERO },
             generation: 0,
             pid: None,
@@ -118,6 +141,20 @@ impl Slot {
         matches!(self.phase, Phase::Ready { .. })
     }
 
+    /// True if it can be given jobs of that model.
+    pub(super) fn takes_jobs(&self, model: ModelId) -> bool {
+        self.is_ready() && self.model == model && matches!(self.role, Role::Serving | Role::Retiring)
+    }
+
+    /// True if it has a ready worker, or will not have one by itself.
+    pub(super) fn is_settled(&self) -> bool {
+        self.was_ready || self.is_failed()
+    }
+
+    pub(super) fn has_stopped(&self) -> bool {
+        self.phase == Phase::Stopped
+    }
+
     pub(super) fn is_failed(&self) -> bool {
         matches!(self.phase, Phase::Failed { .. })
     }
@@ -136,6 +173,7 @@ impl Slot {
     /// The word `bitnetd status` shows.
     pub(crate) fn state_name(&self) -> &'static str {
         match self.phase {
+            Phase::Ready { .. } if self.role == Role::Retiring => "retiring",
             Phase::Starting { .. } => "starting",
             Phase::Ready { .. } => "ready",
             Phase::Stopping { .. } => "draining",
@@ -193,8 +231,14 @@ impl State {
                 }
                 of.phase = Phase::Ready { watch: Watch { seq: 0, asked_at: None, ask_at: now } };
                 of.was_ready = true;
-                self.model = Some(*model);
+                let (role, of_model) = (of.role, of.model);
                 self.note(Note::WorkerReady { slot, load_s });
+                if role == Role::Trial {
+                    self.commit_change(now);
+                }
+                if of_model == self.model_id {
+                    self.model = Some(*model);
+                }
             }
             WorkerSaid::StartFailed { error, exit_code } if !is_ready => {
                 of.start_failure = Some((error, exit_code));
@@ -245,8 +289,13 @@ impl State {
         };
         let then = match std::mem::replace(&mut of.phase, Phase::Stopped) {
             Phase::Stopping { then, .. } => then,
-            _ => after_own_end(slot, exit.as_ref(), start_failure),
+            _ => after_own_end(slot, exit.as_ref(), start_failure.clone()),
         };
+        if of.role == Role::Trial {
+            let how = of.last_exit.clone().unwrap_or_default();
+            self.trial_failed(slot, then, start_failure, &how);
+            return;
+        }
         match then {
             _ if is_stopping => {}
             Then::Stop => {}
@@ -259,19 +308,20 @@ impl State {
     fn schedule_restart(&mut self, slot: SlotId, now: Duration) {
         let config = self.policy.restart.clone();
         let Self { slots, jitter, .. } = self;
-        let Some(of) = usize::try_from(slot).ok().and_then(|slot| slots.get_mut(slot)) else { return };
+        let Some(of) = slots.iter_mut().find(|of| of.id == slot) else { return };
         if let Some(wait) = of.history.next_wait(now, &config, jitter) {
             of.phase = Phase::Backoff { until: now + wait };
             self.note(Note::RestartScheduled { slot, wait });
             return;
         }
         let last = of.last_exit.clone().unwrap_or_default();
+        let slot_number = slot_number(slot);
         let text = format!(
-            "the worker of slot {slot} was restarted {} times in {:?}; the last one: {last}",
+            "the worker of slot {slot_number} was restarted {} times in {:?}; the last one: {last}",
             config.max, config.window
         );
         let error = WireError::new(ErrorCode::Degraded, text)
-            .with_hint(format!("see the log; `bitnetd restart {slot}` tries again"));
+            .with_hint(format!("see the log; `bitnetd restart {slot_number}` tries again"));
         self.fail_slot(slot, error, ExitCode::Software);
     }
 
@@ -282,7 +332,7 @@ impl State {
         self.note(Note::SlotFailed { slot, error });
     }
 
-    fn spawn(&mut self, slot: SlotId, now: Duration) {
+    pub(super) fn spawn(&mut self, slot: SlotId, now: Duration) {
         let until = now + self.policy.restart.start_timeout;
         let Some(of) = self.slot_mut(slot) else { return };
         of.phase = Phase::Starting { until };
@@ -297,7 +347,8 @@ impl State {
 
     /// An operator wants a fresh process. Jobs on board go on elsewhere and do not count it as a death.
     pub(super) fn restart_slot(&mut self, slot: SlotId, now: Duration) {
-        if matches!(self.service, Service::Stopping | Service::Stopped) {
+        let is_serving = self.serving().any(|of| of.id == slot);
+        if !is_serving || matches!(self.service, Service::Stopping | Service::Stopped) {
             return;
         }
         self.abandon_jobs(slot, false);
@@ -331,7 +382,7 @@ impl State {
 
     /// Does what is due in each slot: start, ping, kill.
     pub(super) fn tick_slots(&mut self, now: Duration) {
-        for slot in 0..self.n_slots() {
+        for slot in self.slot_ids() {
             self.tick_slot(slot, now);
         }
     }
@@ -379,6 +430,7 @@ fn after_own_end(
         (Some((error, exit_code)), _) if exit_code.is_permanent() => Then::Fail { error, exit_code },
         (_, Some(exit_code)) if exit_code.is_permanent() => {
             let how = exit.map_or_else(String::new, ToString::to_string);
+            let slot = slot_number(slot);
             let text = format!("the worker of slot {slot} {how}, which starting again cannot help");
             Then::Fail { error: WireError::new(ErrorCode::Degraded, text), exit_code }
         }

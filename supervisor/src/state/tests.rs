@@ -12,9 +12,16 @@ use super::*;
 
 mod rules; // Each rule by an example.
 
+/// Most jobs that any policy of these tests lets wait.
+const QUEUE_MAX: usize = 6;
+
 fn policy() -> Policy {
+    policy_with(6)
+}
+
+fn policy_with(max_jobs: u32) -> Policy {
     Policy {
-        queue: QueueConfig { max_jobs: 6, max_per_client: 4, max_deaths: 3, ..QueueConfig::default() },
+        queue: QueueConfig { max_jobs, max_per_client: 4, max_deaths: 3, ..QueueConfig::default() },
         restart: RestartConfig { max: 4, window: Duration::from_secs(30), ..RestartConfig::default() },
         watchdog: WatchdogConfig::default(),
         max_batch: 2,
@@ -66,6 +73,11 @@ struct World {
     open: HashMap<JobId, u32>,
     /// Which jobs were submitted as durable.
     durable: BTreeSet<JobId>,
+    /// The model each of them was accepted for.
+    models: HashMap<JobId, ModelId>,
+    /// Reloads that are not answered yet.
+    reloads: Vec<Edition>,
+    n_editions: Edition,
     /// Submitted and not answered.
     asked: Option<JobId>,
     n_ended: u64,
@@ -76,6 +88,7 @@ struct World {
 
 struct Process {
     generation: Generation,
+    model: ModelId,
     is_ready: bool,
     jobs: BTreeMap<JobId, (u32, u32)>, // (next index, max_tokens)
     ping: Option<u64>,
@@ -90,6 +103,9 @@ impl World {
             processes: BTreeMap::new(),
             open: HashMap::new(),
             durable: BTreeSet::new(),
+            models: HashMap::new(),
+            reloads: Vec::new(),
+            n_editions: 0,
             asked: None,
             n_ended: 0,
             is_stopped: false,
@@ -119,12 +135,18 @@ impl World {
 
     #[track_caller]
     fn carry_out(&mut self, action: Action) {
-        let is_refusal = matches!(action, Action::Refuse { .. } | Action::Note(Note::JobRefused { .. }));
+        let is_refusal = matches!(
+            action,
+            Action::Refuse { .. }
+                | Action::Note(Note::JobRefused { .. } | Note::ReloadFailed { .. })
+                | Action::Reloaded { outcome: Err(_), .. }
+        );
         assert!(!self.is_stopped || is_refusal, "{action:?} after Stop");
         match action {
             Action::Accept { job } => {
                 assert_eq!(self.asked.take(), Some(job));
                 self.open.insert(job, 0);
+                self.models.insert(job, self.state.model_id);
             }
             Action::Refuse { job, .. } => assert_eq!(self.asked.take(), Some(job)),
             Action::DeliverToken { job, token } => {
@@ -137,7 +159,9 @@ impl World {
                 self.n_ended += 1;
             }
             Action::Spawn { slot, generation } => {
-                let process = Process { generation, is_ready: false, jobs: BTreeMap::new(), ping: None };
+                let of = self.state.slots.iter().find(|of| of.id == slot).expect("a process for no slot");
+                let (model, jobs) = (of.model, BTreeMap::new());
+                let process = Process { generation, model, is_ready: false, jobs, ping: None };
                 assert!(self.processes.insert(slot, process).is_none(), "two processes in slot {slot}");
                 self.spawned.push((slot, generation));
             }
@@ -148,6 +172,7 @@ impl World {
                 assert_eq!(resume.len(), self.open[&job] as usize, "job {job} resumes at the wrong token");
                 let process = self.processes.get_mut(&slot).expect("a job for no process");
                 assert_eq!(process.generation, generation);
+                assert_eq!(process.model, self.models[&job], "job {job} runs on another model");
                 process.jobs.insert(job, (self.open[&job], request.max_tokens));
             }
             Action::SendCancel { slot, generation, job } => {
@@ -163,6 +188,10 @@ impl World {
             Action::Signal { slot, generation, .. } => {
                 assert_eq!(self.processes.get(&slot).map(|process| process.generation), Some(generation));
             }
+            Action::Reloaded { edition, .. } => {
+                let asked = self.reloads.iter().position(|&asked| asked == edition);
+                self.reloads.remove(asked.expect("a reload is answered twice"));
+            }
             Action::Note(note) => self.notes.push(note),
             Action::Stop => self.is_stopped = true,
         }
@@ -173,21 +202,26 @@ impl World {
         let state = &self.state;
         assert_eq!(self.asked, None, "a submission was not answered");
         assert_eq!(state.jobs.len(), self.open.len());
-        assert!(state.waiting.len() <= state.policy.queue.max_jobs as usize);
+        assert!(state.n_waiting() <= QUEUE_MAX);
+        assert!(state.pools.len() <= 2, "more than two models");
+        assert_eq!(self.reloads.len(), usize::from(state.edition_on_trial().is_some()));
         assert_eq!(state.totals.accepted, self.n_ended + self.open.len() as u64);
         let totals = state.totals;
         assert_eq!(totals.completed + totals.failed + totals.cancelled, self.n_ended);
         let on_slots: usize = state.slots.iter().map(Slot::n_jobs).sum();
-        let waiting = state.waiting.len() + state.durable.len();
-        let elsewhere = waiting + state.resumed.len() + state.suspects.len();
+        let elsewhere: usize = state.pools.values().map(Pool::len).sum();
         assert_eq!(on_slots + elsewhere, state.jobs.len(), "a job is in two places or in none");
         for slot in &state.slots {
             assert!(slot.jobs.is_empty() || slot.is_ready(), "jobs on a slot that is not ready");
             assert!(slot.alone.is_none_or(|alone| slot.jobs.iter().eq([&alone])), "a suspect has company");
             assert_eq!(slot.is_live(), self.processes.contains_key(&slot.id), "slot {}", slot.id);
-            assert!(slot.jobs.len() <= state.policy.max_batch as usize);
+            assert!(slot.jobs.len() <= slot.max_batch as usize);
+            assert!(slot.jobs.iter().all(|job| self.models[job] == slot.model));
         }
         assert!(state.next_deadline().is_none_or(|at| at > self.now), "a deadline was not kept");
+        let n_retiring = state.slots.iter().filter(|slot| slot.role == Role::Retiring).count();
+        let is_at_rest = state.change.is_none() && state.pools.len() == 1;
+        assert!(!is_at_rest || n_retiring == 0, "a former worker is forgotten: {state:?}");
         assert!(!self.is_stopped || (self.processes.is_empty() && self.open.is_empty()));
     }
 
@@ -200,6 +234,25 @@ impl World {
         }
         self.now = end;
         self.send(Event::TimePassed);
+    }
+
+    /// The n-th slot, of whatever edition.
+    fn pick(&self, n: SlotId) -> SlotId {
+        let slots = &self.state.slots;
+        slots.get(n as usize % slots.len().max(1)).map_or(n, |slot| slot.id)
+    }
+
+    /// Asks for another configuration, as the event loop does.
+    #[track_caller]
+    fn reload(&mut self, n_workers: usize, keep: bool, new_model: bool, policy: Policy) {
+        self.n_editions += 1;
+        let edition = self.n_editions;
+        let model = if new_model { edition } else { self.state.model_id };
+        let keeps = keep && !new_model && policy.max_batch == self.state.policy.max_batch;
+        let stays = |number| self.state.slot_with_number(number).filter(|_| keeps);
+        let seats = (0..).take(n_workers).map(stays).collect();
+        self.reloads.push(edition);
+        self.send(Event::ReloadRequested { config: Box::new(NewConfig { edition, policy, model, seats }) });
     }
 
     fn submit(&mut self, client: u32, request: GenerateRequest) -> JobId {
@@ -272,6 +325,7 @@ enum Step {
     Stale(SlotId, u8),
     Pass(u64),
     Restart(SlotId),
+    Reload { n_workers: usize, keep: bool, new_model: bool, max_batch: u32 },
     Drain,
     Stop,
 }
@@ -296,6 +350,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (slot(), any::<u8>()).prop_map(|(slot, what)| Step::Stale(slot, what)),
         4 => (0..15_000_u64).prop_map(Step::Pass),
         1 => slot().prop_map(Step::Restart),
+        1 => (1..4_usize, any::<bool>(), any::<bool>(), 1..3_u32).prop_map(
+            |(n_workers, keep, new_model, max_batch)| Step::Reload { n_workers, keep, new_model, max_batch }
+        ),
         1 => Just(Step::Drain),
         1 => proptest::bool::weighted(0.3).prop_map(|is_stop| if is_stop { Step::Stop } else { Step::Pass(1) }),
     ]
@@ -312,9 +369,10 @@ fn take(world: &mut World, step: Step) {
         Step::Cancel(job) => {
             world.send(Event::JobCancelled { job });
         }
-        Step::Ready(slot) => world.say_ready(slot),
-        Step::Token(slot, n) => world.say_token(slot, n),
+        Step::Ready(slot) => world.say_ready(world.pick(slot)),
+        Step::Token(slot, n) => world.say_token(world.pick(slot), n),
         Step::Fail(slot, n) => {
+            let slot = world.pick(slot);
             let job = world.processes.get(&slot).and_then(|process| process.jobs.keys().nth(n).copied());
             if let Some(job) = job {
                 let error = WireError::new(ErrorCode::ContextExceeded, "too long");
@@ -323,6 +381,7 @@ fn take(world: &mut World, step: Step) {
             }
         }
         Step::WrongToken(slot, index) => {
+            let slot = world.pick(slot);
             let job = world.processes.get(&slot).and_then(|process| process.jobs.keys().next().copied());
             if let Some(job) = job {
                 // Right by chance: then the process must know that it said it.
@@ -332,17 +391,22 @@ fn take(world: &mut World, step: Step) {
                 world.said(slot, WorkerSaid::Token { job, token: token(index) });
             }
         }
-        Step::Pong(slot) => world.say_pong(slot),
+        Step::Pong(slot) => world.say_pong(world.pick(slot)),
         Step::Break(slot) => {
+            let slot = world.pick(slot);
             if let Some(generation) = world.processes.get(&slot).map(|process| process.generation) {
                 world.send(Event::LinkBroke { slot, generation, reason: "garbage".into() });
             }
         }
-        Step::Crash(slot) => world.die(slot, exit(None, Some(11))),
-        Step::PermanentExit(slot) => world.die(slot, exit(Some(65), None)),
-        Step::Stale(slot, what) => stale(world, slot, what),
+        Step::Crash(slot) => world.die(world.pick(slot), exit(None, Some(11))),
+        Step::PermanentExit(slot) => world.die(world.pick(slot), exit(Some(65), None)),
+        Step::Stale(slot, what) => stale(world, world.pick(slot), what),
         Step::Pass(ms) => world.pass(Duration::from_millis(ms)),
-        Step::Restart(slot) => world.send(Event::RestartRequested { slot }),
+        Step::Restart(slot) => world.send(Event::RestartRequested { slot: world.pick(slot) }),
+        Step::Reload { n_workers, keep, new_model, max_batch } => {
+            let max_jobs = if keep { 6 } else { 5 };
+            world.reload(n_workers, keep, new_model, Policy { max_batch, ..policy_with(max_jobs) });
+        }
         Step::Drain => world.send(Event::DrainRequested),
         Step::Stop => world.send(Event::StopRequested),
     }
@@ -350,7 +414,8 @@ fn take(world: &mut World, step: Step) {
 
 /// Something from a process that is not there any more must change nothing.
 fn stale(world: &mut World, slot: SlotId, what: u8) {
-    let Some(generation) = world.state.slots[slot as usize].generation.checked_sub(1) else { return };
+    let of = world.state.slots.iter().find(|of| of.id == slot);
+    let Some(generation) = of.and_then(|of| of.generation.checked_sub(1)) else { return };
     let before = format!("{:?}", world.state);
     let event = match what % 4 {
         0 => Event::WorkerExited { slot, generation, exit: exit(Some(0), None) },
@@ -381,11 +446,13 @@ proptest! {
             if world.is_stopped {
                 break;
             }
-            for slot in 0..3 {
+            for slot in world.state.slot_ids() {
                 world.say_ready(slot);
                 world.say_pong(slot);
                 world.say_token(slot, 0);
-                if world.state.slots[slot as usize].state_name() == "draining" {
+                let is_draining =
+                    |of: &Slot| of.id == slot && of.state_name() == "draining";
+                if world.state.slots.iter().any(is_draining) {
                     world.die(slot, exit(Some(0), None));
                 }
             }

@@ -263,7 +263,7 @@ fn durable_jobs_leave_places_for_those_who_wait() {
     assert_eq!(n_on_slots, 8, "four on each of two workers");
     let attended = world.submit(2, request(3));
     assert!(slot_of(&world, attended).is_some());
-    assert_eq!((world.state.n_queued(), world.state.durable.len()), (0, 12));
+    assert_eq!((world.state.n_queued(), world.state.pools[&0].durable.len()), (0, 12));
 }
 
 #[test]
