@@ -1,6 +1,6 @@
 //! Enums whose values have names in the configuration file.
 
-use crate::sections::{CoreChoice, HeadChoice, LogFormat, NumaPolicy, Profile, SmtPolicy};
+use crate::sections::{CoreChoice, HeadChoice, LogFormat, NumaPolicy, Profile, SchedulerChoice, SmtPolicy};
 
 /// A closed set of named values.
 pub trait Choice: Copy + PartialEq + 'static {
@@ -36,6 +36,10 @@ impl Choice for Profile {
 impl Choice for SmtPolicy {
     const CHOICES: &'static [(&'static str, Self)] =
         &[("spread", Self::Spread), ("pack", Self::Pack), ("off", Self::Off)];
+}
+
+impl Choice for SchedulerChoice {
+    const CHOICES: &'static [(&'static str, Self)] = &[("normal", Self::Normal), ("batch", Self::Batch)];
 }
 
 impl Choice for CoreChoice {

@@ -154,6 +154,8 @@ impl Config {
             "isa" => quoted(&self.engine.isa),
             "wait" => quoted(&self.engine.wait),
             "huge_pages" => quoted(&self.engine.huge_pages),
+            "nice" => self.engine.nice.to_string(),
+            "scheduler" => quoted(self.engine.scheduler.name()),
             _ => return None,
         })
     }

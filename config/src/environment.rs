@@ -88,10 +88,16 @@ impl Environment {
     /// directory may have to be made, with mode 0700.
     #[must_use]
     pub fn journal(&self) -> Option<PathBuf> {
+        self.state_dir().map(|dir| dir.join(JOURNAL_NAME))
+    }
+
+    /// Where things are kept that outlive the process; `None` if there is no place. The directory may have to be made.
+    #[must_use]
+    pub fn state_dir(&self) -> Option<PathBuf> {
         let system =
             (self.is_root || self.system_state_dir_writable).then(|| PathBuf::from(SYSTEM_STATE_DIR));
         let user = || self.state_home.as_ref().map(|dir| dir.join("bitnetd"));
-        self.state_directory.clone().or(system).or_else(user).map(|dir| dir.join(JOURNAL_NAME))
+        self.state_directory.clone().or(system).or_else(user)
     }
 
     /// Where a client looks for the daemon, in this order: the first that exists counts. `given` is what the

@@ -176,7 +176,17 @@ fn engine(table: &mut Table<'_, '_, '_>) -> EngineConfig {
         huge_pages: table
             .get("huge_pages", |value| word(value, schema::HUGE_PAGES))
             .unwrap_or(default.huge_pages),
+        nice: table.get("nice", nice).unwrap_or(default.nice),
+        scheduler: table.get("scheduler", choice).unwrap_or_default(),
     }
+}
+
+fn nice(value: &DeValue<'_>) -> Result<i8, Refusal> {
+    let number =
+        value.as_integer().and_then(|number| i8::from_str_radix(number.as_str(), number.radix()).ok());
+    number
+        .filter(|number| (-20..=19).contains(number))
+        .ok_or_else(|| Refusal::expected("a whole number from -20 to 19", value))
 }
 
 fn queue(table: &mut Table<'_, '_, '_>, base: &Path) -> QueueConfig {

@@ -104,6 +104,16 @@ pub const KEYS: &[Key] = &[
         "How a compute thread waits for work: \"spin\" (fastest, burns its CPU), \"hybrid\" (spins shortly, then sleeps),\n\"park\" (sleeps at once).",
     ),
     key("engine", "huge_pages", "Huge pages for weights and KV cache: \"auto\", \"on\", \"off\"."),
+    key(
+        "engine",
+        "nice",
+        "Niceness of the workers, -20 to 19: more leaves more to others. Less than 0 needs the right to it (CAP_SYS_NICE,\nLimitNICE=).",
+    ),
+    key(
+        "engine",
+        "scheduler",
+        "How the kernel schedules the workers: \"normal\", \"batch\" (SCHED_BATCH: longer slices, for machines that do little else).",
+    ),
     key("queue", "max_jobs", "Jobs that wait, at most; the next one is refused as `overloaded`."),
     key("queue", "max_per_client", "Of those from one client, at most."),
     key("queue", "max_deaths", "A job that was on board of this many dying workers is given up."),

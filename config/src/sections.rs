@@ -159,6 +159,20 @@ pub struct EngineConfig {
     pub wait: String,
     /// `auto`, `on`, `off`.
     pub huge_pages: String,
+    /// Niceness of the workers; more is less important.
+    pub nice: i8,
+    /// How the kernel schedules the workers.
+    pub scheduler: SchedulerChoice,
+}
+
+/// `engine.scheduler`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SchedulerChoice {
+    /// `SCHED_OTHER`.
+    #[default]
+    Normal,
+    /// `SCHED_BATCH`: longer slices, and waking up interrupts nobody.
+    Batch,
 }
 
 impl Default for EngineConfig {
@@ -171,6 +185,8 @@ impl Default for EngineConfig {
             isa: "auto".into(),
             wait: "hybrid".into(),
             huge_pages: "auto".into(),
+            nice: 0,
+            scheduler: SchedulerChoice::Normal,
         }
     }
 }

@@ -52,13 +52,22 @@ prop_compose! {
         (backoff, watchdog, rest) in (durations(), durations(), durations()),
         (mode, ids) in (0..0o200_u32, prop::collection::vec(0..70_000_u32, 0..5)),
         format in choice(),
+        (nice, scheduler) in (-20..=19_i8, choice()),
     ) -> Config {
         let (reserve, smt, cores, numa) = affinity;
         Config {
             model: ModelConfig { path: path.map(Into::into), alias, head },
             split,
             affinity: AffinityConfig { reserve, smt, cores, numa },
-            engine: EngineConfig { ctx, max_batch, prefill_chunk, isa: isa.into(), ..EngineConfig::default() },
+            engine: EngineConfig {
+                ctx,
+                max_batch,
+                prefill_chunk,
+                isa: isa.into(),
+                nice,
+                scheduler,
+                ..EngineConfig::default()
+            },
             queue: QueueConfig {
                 max_jobs: max_batch,
                 max_per_client: prefill_chunk,

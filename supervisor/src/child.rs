@@ -21,7 +21,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bitnetd_config::{NumaPolicy, SERVICE_MANAGER_VARIABLES};
+use bitnetd_config::{NumaPolicy, SERVICE_MANAGER_VARIABLES, SchedulerChoice};
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
@@ -53,6 +53,8 @@ pub(crate) struct SpawnSpec<'a> {
     pub(crate) image: &'a ModelImage,
     pub(crate) placement: &'a WorkerPlacement,
     pub(crate) numa: NumaPolicy,
+    pub(crate) nice: i8,
+    pub(crate) scheduler: SchedulerChoice,
 }
 
 /// Why a process could not be started.
@@ -205,6 +207,8 @@ struct ChildSetup {
     /// `None` leaves the affinity as it is.
     cpus: Option<CpuSet>,
     memory: Option<MemoryPolicy>,
+    nice: i8,
+    scheduler: SchedulerChoice,
 }
 
 #[derive(Clone, Copy)]
@@ -223,7 +227,7 @@ impl ChildSetup {
         let cpus = (!spec.placement.cpus.is_empty()).then_some(set);
         let nodes = &spec.placement.memory_nodes;
         let memory = if nodes.is_empty() { None } else { Some(MemoryPolicy::new(nodes, spec.numa)?) };
-        Ok(Self { parent: getpid(), cpus, memory })
+        Ok(Self { parent: getpid(), cpus, memory, nice: spec.nice, scheduler: spec.scheduler })
     }
 
     /// Runs in the child, between fork and exec.
@@ -236,7 +240,23 @@ impl ChildSetup {
         if let Some(cpus) = &self.cpus {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
+        self.take_priority()?;
         self.memory.as_ref().map_or(Ok(()), MemoryPolicy::apply)
+    }
+
+    fn take_priority(&self) -> io::Result<()> {
+        if self.scheduler == SchedulerChoice::Batch {
+            let priority = libc::sched_param { sched_priority: 0 };
+            // SAFETY: `priority` lives during the call; the kernel only reads it.
+            let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const priority) };
+            Errno::result(result)?;
+        }
+        if self.nice != 0 {
+            // SAFETY: The call takes three numbers.
+            let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.nice.into()) };
+            Errno::result(result)?;
+        }
+        Ok(())
     }
 }
 

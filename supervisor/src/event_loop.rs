@@ -320,6 +320,8 @@ impl EventLoop {
             image: &edition.image,
             placement,
             numa: edition.spec.config.affinity.numa,
+            nice: edition.spec.config.engine.nice,
+            scheduler: edition.spec.config.engine.scheduler,
         };
         match spawn(&spec) {
             Ok((child, stream)) => {

@@ -77,6 +77,26 @@ fn mapped_kb(pid: u32, name: &str, kind: &str) -> u64 {
 }
 
 #[test]
+fn every_compute_thread_has_the_priority_that_the_configuration_says() {
+    let folder = Folder::new();
+    folder.write(
+        "bitnetd.toml",
+        "[engine]\nnice = 7\nscheduler = \"batch\"\n[split]\nworkers = 1\nthreads = 2\n",
+    );
+    let daemon = Daemon::start(&folder, "-c bitnetd.toml");
+    let pid = daemon.status().unwrap().slots[0].pid.unwrap();
+    let tasks: Vec<_> =
+        fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|task| task.unwrap().path()).collect();
+    assert!(tasks.len() >= 2, "{tasks:?}");
+    for task in tasks {
+        // proc(5): after the name in parentheses come the state (3), and later niceness (19) and policy (41).
+        let stat = fs::read_to_string(task.join("stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        assert_eq!((fields[19 - 3], fields[41 - 3]), ("7", "3"), "niceness and SCHED_BATCH in {stat}");
+    }
+}
+
+#[test]
 fn two_workers_share_one_copy_of_the_model() {
     let folder = Folder::new();
     let daemon = Daemon::start(&folder, "--workers 2 --threads 1");

@@ -53,7 +53,11 @@ impl Folder {
         let home = self.0.path();
         let mut command = Command::new(env!("CARGO_BIN_EXE_bitnetd"));
         command.args(line.split_whitespace().map(|word| word.replace('%', home.to_str().unwrap())));
-        command.current_dir(home).env("HOME", home).stdin(Stdio::null());
+        command
+            .current_dir(home)
+            .env("HOME", home)
+            .env("STATE_DIRECTORY", home.join("state"))
+            .stdin(Stdio::null());
         for variable in
             ["BITNETD_SOCKET", "BITNETD_CONFIG", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_STATE_HOME"]
         {
