@@ -136,7 +136,7 @@ async fn serve(
     let hangup = signal(SignalKind::hangup()).map_err(|error| CliError::os("handle signals", error))?;
     let listeners = listeners(&config, reloader.environment(), &mut activation)?;
     let socket = listeners.first().map(|listener| listener.path().to_owned()).unwrap_or_default();
-    let service = Service::start_under(local::service_spec(config)?, notifier).await?;
+    let service = Service::start_under(local::service_spec(config)?, notifier, activation.stored).await?;
     service.on_reload(reloader);
     let reloading = tokio::spawn(reload::at_each_hangup(hangup, service.clone()));
     // Clients are let in at once: they can ask for the status, and their jobs wait for the workers.

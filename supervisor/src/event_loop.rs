@@ -26,6 +26,7 @@ use crate::log;
 use crate::notify::{Herald, Notifier};
 use crate::report;
 use crate::service::{JobEvent, ServiceSpec};
+use crate::shelf::Shelf;
 use crate::state::{
     Action, ClientId, Edition, Event, Generation, JobId, Note, Policy, Readiness, SlotId, Standing, State,
     StopSignal, WorkerSaid, slot_number,
@@ -77,6 +78,7 @@ pub(crate) struct EventLoop {
     /// Reloads that are under way.
     reloads: HashMap<Edition, oneshot::Sender<Result<(), WireError>>>,
     herald: Herald,
+    shelf: Shelf,
     started: Instant,
     links: HashMap<SlotId, WorkerLink>,
     sinks: HashMap<JobId, JobSink>,
@@ -98,18 +100,19 @@ impl EventLoop {
         spec: ServiceSpec,
         image: ModelImage,
         notifier: Notifier,
+        shelf: Shelf,
         readiness: watch::Sender<Readiness>,
     ) -> Self {
         let policy = Policy::new(&spec.config);
         let n_slots = u32::try_from(spec.plan.workers.len()).unwrap_or(u32::MAX);
         let seeds = RandomState::new();
-        let drain_timeout = spec.config.restart.drain_timeout;
         let (events, events_in) = mpsc::channel(EVENTS_MAX);
         Self {
             state: State::new(policy, n_slots, seeds.hash_one("restart jitter")),
             editions: Editions::new(spec, image),
             reloads: HashMap::new(),
-            herald: Herald::new(notifier, drain_timeout),
+            herald: Herald::new(notifier),
+            shelf,
             started: Instant::now(),
             links: HashMap::new(),
             sinks: HashMap::new(),
@@ -134,8 +137,9 @@ impl EventLoop {
         let mut has_owner = true;
         while !self.is_stopped {
             self.herald.look(&self.state, self.now());
+            self.shelf.look(self.editions.present(), self.now());
             let far = Duration::from_secs(24 * 3600);
-            let deadlines = [self.state.next_deadline(), self.herald.next_due()];
+            let deadlines = [self.state.next_deadline(), self.herald.next_due(), self.shelf.next_due()];
             let next = deadlines.into_iter().flatten().min().unwrap_or_else(|| self.now() + far);
             let deadline = self.started + next;
             tokio::select! {

@@ -91,6 +91,7 @@ impl ImageError {
 pub(crate) struct ModelImage {
     model: OwnedFd,
     head: OwnedFd,
+    is_built_in: bool,
 }
 
 impl ModelImage {
@@ -99,7 +100,7 @@ impl ModelImage {
         // Empty until a worker has filled and sealed it; the supervisor does no model arithmetic.
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let head = memfd_create(c"bitnetd-head", flags).map_err(|error| ImageError::Memory(error.into()))?;
-        Ok(Self { model, head })
+        Ok(Self { model, head, is_built_in: matches!(source, ModelSource::BuiltIn(_)) })
     }
 
     /// True if both are the very same file and it was not written to in between. Memory is never the same.
@@ -123,6 +124,16 @@ impl ModelImage {
     /// The model's bytes, read-only.
     pub(crate) fn model(&self) -> BorrowedFd<'_> {
         self.model.as_fd()
+    }
+
+    /// True if the model is part of the program.
+    pub(crate) fn is_built_in(&self) -> bool {
+        self.is_built_in
+    }
+
+    /// Takes memory that was filled and sealed in an earlier life of the service.
+    pub(crate) fn set_head(&mut self, head: OwnedFd) {
+        self.head = head;
     }
 
     /// The memory of the shared head.

@@ -17,6 +17,7 @@ mod log; // What the log says.
 mod notify; // What systemd is told.
 mod report; // The state in words of the wire.
 mod service; // The face to the rest of the program.
+mod shelf; // What systemd keeps for us between two lives.
 mod state; // The state machine.
 
 pub use activation::{Activation, ActivationError};

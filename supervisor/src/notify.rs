@@ -70,6 +70,16 @@ impl Notifier {
         self.send(&[NotifyState::Ready]);
     }
 
+    /// Has the manager keep an open file for the next life of the service.
+    pub(crate) fn store(&self, name: &str, file: BorrowedFd<'_>) -> bool {
+        self.transmit(&format!("FDSTORE=1\nFDNAME={name}"), &[file])
+    }
+
+    /// Has the manager close what it keeps under a name.
+    pub(crate) fn forget(&self, name: &str) {
+        self.transmit(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
+    }
+
     fn send(&self, states: &[NotifyState<'_>]) -> bool {
         let lines: Vec<String> = states.iter().map(ToString::to_string).collect();
         self.transmit(&lines.join("\n"), &[])
@@ -112,8 +122,6 @@ fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
 #[derive(Debug)]
 pub(crate) struct Herald {
     notifier: Notifier,
-    /// How long a stop may take: the configured drain, and the way out.
-    stop_time: Duration,
     was_ready: bool,
     was_stopping: bool,
     status: String,
@@ -125,10 +133,9 @@ pub(crate) struct Herald {
 }
 
 impl Herald {
-    pub(crate) fn new(notifier: Notifier, drain_timeout: Duration) -> Self {
+    pub(crate) fn new(notifier: Notifier) -> Self {
         Self {
             notifier,
-            stop_time: drain_timeout + STOP_RESERVE,
             was_ready: false,
             was_stopping: false,
             status: String::new(),
@@ -162,7 +169,7 @@ impl Herald {
         }
         let is_stopping = state.health() == Health::Draining;
         if is_stopping && !self.was_stopping {
-            let time = NotifyState::ExtendTimeoutUsec(micros(self.stop_time));
+            let time = NotifyState::ExtendTimeoutUsec(micros(state.drain_timeout() + STOP_RESERVE));
             self.was_stopping = self.notifier.send(&[NotifyState::Stopping, time]);
         }
         if !self.was_ready && !is_stopping {

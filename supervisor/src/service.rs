@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -20,6 +21,7 @@ use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
 use crate::notify::Notifier;
 use crate::report;
+use crate::shelf::Shelf;
 use crate::state::{ClientId, JobId, Readiness, Standing};
 
 /// Commands that wait for the event loop, at most; callers wait beyond.
@@ -110,6 +112,7 @@ pub struct Service {
     /// True from the moment on that no new job is taken.
     ending: Arc<watch::Sender<bool>>,
     reloads: Arc<Reloads>,
+    notifier: Notifier,
 }
 
 impl fmt::Debug for Service {
@@ -126,24 +129,31 @@ impl Service {
     /// # Errors
     /// [`StartError::Model`], [`StartError::NoWorkers`].
     pub async fn start(spec: ServiceSpec) -> Result<Self, StartError> {
-        Self::start_under(spec, Notifier::default()).await
+        Self::start_under(spec, Notifier::default(), Vec::new()).await
     }
 
-    /// The same, with a service manager that is told how it goes.
+    /// The same, with a service manager that is told how it goes, and what it kept from an earlier life.
     ///
     /// # Errors
     /// [`StartError::Model`], [`StartError::NoWorkers`].
-    pub async fn start_under(spec: ServiceSpec, notifier: Notifier) -> Result<Self, StartError> {
+    pub async fn start_under(
+        spec: ServiceSpec,
+        notifier: Notifier,
+        stored: Vec<(String, OwnedFd)>,
+    ) -> Result<Self, StartError> {
         if spec.plan.workers.is_empty() {
             return Err(StartError::NoWorkers);
         }
-        let image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
+        let mut image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
+        let shelf = Shelf::open(notifier.clone(), stored, &spec.config, &mut image);
         let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);
         let (readiness_out, readiness) = watch::channel(Readiness::Starting);
         let (ended_out, ended) = watch::channel(None);
-        tokio::spawn(EventLoop::new(spec, image, notifier, readiness_out).run(commands_in, ended_out));
+        tokio::spawn(
+            EventLoop::new(spec, image, notifier.clone(), shelf, readiness_out).run(commands_in, ended_out),
+        );
         let ending = Arc::new(watch::channel(false).0);
-        Ok(Self { commands, readiness, ended, ending, reloads: Arc::default() })
+        Ok(Self { commands, readiness, ended, ending, reloads: Arc::default(), notifier })
     }
 
     /// Waits until every slot (or `service.ready_workers` of them) has been ready once.
@@ -259,6 +269,19 @@ impl Service {
             return Err(WireError::new(ErrorCode::InvalidRequest, text));
         };
         let _turn = self.reloads.turn.lock().await;
+        // A service that is not up yet says so when it is, and nothing else before.
+        let is_up = matches!(*self.readiness.borrow(), Readiness::Ready(_));
+        if is_up {
+            self.notifier.reloading();
+        }
+        let outcome = self.reload_from(reloader).await;
+        if is_up {
+            self.notifier.reloaded();
+        }
+        outcome
+    }
+
+    async fn reload_from(&self, reloader: Arc<dyn Reloader>) -> Result<(), WireError> {
         let read = {
             let reloader = reloader.clone();
             spawn_blocking(move || reloader.read()).await

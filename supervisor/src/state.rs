@@ -330,6 +330,11 @@ impl State {
         self.serving().filter(|slot| slot.is_ready()).count()
     }
 
+    /// How long the accepted jobs have when the service stops.
+    pub(crate) fn drain_timeout(&self) -> Duration {
+        self.policy.restart.drain_timeout
+    }
+
     /// Jobs that may wait.
     pub(crate) fn queue_max(&self) -> u32 {
         self.policy.queue.max_jobs

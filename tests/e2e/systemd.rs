@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -11,7 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bitnetd_proto::client::Client;
 use command_fds::{CommandFdExt as _, FdMapping};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 
 use crate::support::{
     DEADLINE, Folder, PROMPTS, children, generate, is_alive, random_request, send, wait_for,
@@ -35,6 +38,38 @@ impl Manager {
         let mut bytes = [0; 4096];
         let n = self.socket.recv(&mut bytes).expect("the daemon says something in time");
         String::from_utf8(bytes[..n].to_vec()).unwrap()
+    }
+
+    /// The next file that is to be kept, with its name.
+    #[track_caller]
+    fn receive_file(&self) -> (String, fs::File) {
+        loop {
+            let mut bytes = [0; 4096];
+            let mut control = nix::cmsg_space!([i32; 4]);
+            let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let message =
+                recvmsg::<UnixAddr>(self.socket.as_raw_fd(), &mut parts, Some(&mut control), flags).unwrap();
+            let numbers: Vec<i32> = message
+                .cmsgs()
+                .unwrap()
+                .flat_map(|part| match part {
+                    ControlMessageOwned::ScmRights(numbers) => numbers,
+                    _ => Vec::new(),
+                })
+                .collect();
+            let n = message.bytes;
+            let text = String::from_utf8(bytes[..n].to_vec()).unwrap();
+            if let [number] = numbers[..] {
+                assert_eq!(field(&text, "FDSTORE"), Some("1"), "{text}");
+                // Opened by its name, because a number alone belongs to nobody.
+                let path = format!("/proc/self/fd/{number}");
+                let file = fs::File::options().read(true).write(true).open(path).unwrap();
+                nix::unistd::close(number).unwrap();
+                return (field(&text, "FDNAME").unwrap().to_owned(), file);
+            }
+            assert!(numbers.is_empty(), "{text}");
+        }
     }
 
     /// Everything up to the first message with such a line, which is the last.
@@ -296,4 +331,50 @@ fn is_not_there_yet(error: &bitnetd_proto::client::ClientError) -> bool {
     use bitnetd_proto::client::ClientError::Connect;
     let kinds = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
     matches!(error, Connect { source, .. } if kinds.contains(&source.kind()))
+}
+
+/// Whether a process has mapped the file or memory with this inode.
+fn has_mapped(pid: u32, inode: u64) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    maps.lines().any(|line| line.split_whitespace().nth(4) == Some(inode.to_string().as_str()))
+}
+
+#[test]
+fn the_prepared_model_is_kept_over_a_restart_and_nothing_else_is() {
+    let folder = Folder::new();
+    let manager = Manager::new(&folder);
+    let path = folder.path("b.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    folder.write("fast.toml", "[model]\nhead = \"fast\"\n[split]\nworkers = 1\nthreads = 1\n");
+    let start = |stored: Vec<(&str, OwnedFd)>| {
+        let socket = OwnedFd::from(listener.try_clone().unwrap());
+        let files = std::iter::once(("bitnetd", socket)).chain(stored).collect();
+        Activated::start(&folder, files, "serve -c fast.toml")
+    };
+    let stop = |mut daemon: Activated| {
+        send(daemon.child.id(), Signal::SIGTERM);
+        assert_eq!(daemon.wait(), Some(0));
+    };
+    let first = start(vec![]);
+    let (name, kept) = manager.receive_file();
+    let inode = kept.metadata().unwrap().ino();
+    let calm = generate(&mut connect(&path), &random_request("Once", 3, 40)).unwrap();
+    stop(first);
+
+    // Beside it: memory under the right name that anybody could still change, and something unknown.
+    let open = memfd_create(c"open", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    fs::File::from(open.try_clone().unwrap()).set_len(4096).unwrap();
+    let unknown = OwnedFd::from(fs::File::open(folder.path("fast.toml")).unwrap());
+    let stored = vec![(name.as_str(), open), (name.as_str(), kept.into()), ("unknown", unknown)];
+    let second = start(stored);
+    wait_for("its worker maps what was kept", || {
+        let pid = connect(&path).status().unwrap().slots[0].pid?;
+        has_mapped(pid, inode).then_some(())
+    });
+    assert_eq!(generate(&mut connect(&path), &random_request("Once", 3, 40)).unwrap(), calm);
+    let removed = manager.hear_until("FDSTOREREMOVE=1");
+    assert_eq!(field(removed.last().unwrap(), "FDNAME"), Some("unknown"));
+    stop(second);
+    let log = fs::read_to_string(folder.path("log")).unwrap();
+    assert_eq!(log.matches("the prepared model was kept by the service manager").count(), 1, "{log}");
 }
