@@ -55,10 +55,10 @@ pub fn pages_for(n_tokens: usize) -> usize {
 #[derive(Debug)]
 pub struct KvCache {
     shape: KvShape,
-    // Bits of f16, each (n_pages, n_kv_heads, KV_PAGE_TOKENS, head_dim). `u16`, because the standard library
-    // takes zeroed `u16`s straight from the kernel without touching them.
-    keys: Vec<Vec<u16>>,
-    values: Vec<Vec<u16>>,
+    // Bits of f16. `u16`, because the standard library takes zeroed `u16`s straight from the kernel without
+    // touching them.
+    keys: Vec<Vec<u16>>,   // (n_pages, n_kv_heads, head_dim, KV_PAGE_TOKENS): see `KvLayer`
+    values: Vec<Vec<u16>>, // (n_pages, n_kv_heads, KV_PAGE_TOKENS, head_dim)
 }
 
 impl KvCache {
@@ -84,13 +84,23 @@ impl KvCache {
     /// Writes the key and the value of one token, each (n_kv_heads, head_dim), rounded to f16.
     pub fn store(&mut self, layer: usize, pages: &[u32], position: usize, key: &[f32], value: &[f32]) {
         let KvShape { n_kv_heads, head_dim, .. } = self.shape;
-        let page = pages[position / KV_PAGE_TOKENS] as usize;
-        for (slab, row) in [(&mut self.keys[layer], key), (&mut self.values[layer], value)] {
-            let slab: &mut [f16] = slab.reinterpret_cast_mut();
-            for (head, row) in row.chunks_exact(head_dim).enumerate() {
-                let token = (page * n_kv_heads + head) * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS;
-                slab[token * head_dim..][..head_dim].convert_from_f32_slice(row);
+        let (page, token) = (pages[position / KV_PAGE_TOKENS] as usize, position % KV_PAGE_TOKENS);
+        let head_len = head_dim * KV_PAGE_TOKENS;
+        let heads = page * n_kv_heads * head_len..(page + 1) * n_kv_heads * head_len;
+        let keys: &mut [f16] = self.keys[layer][heads.clone()].reinterpret_cast_mut();
+        for (slab, key) in keys.chunks_exact_mut(head_len).zip(key.chunks_exact(head_dim)) {
+            let mut rounded = [f16::ZERO; 64];
+            for (slab, key) in slab.chunks_mut(64 * KV_PAGE_TOKENS).zip(key.chunks(64)) {
+                let rounded = &mut rounded[..key.len()];
+                rounded.convert_from_f32_slice(key);
+                for (column, x) in slab.as_chunks_mut::<KV_PAGE_TOKENS>().0.iter_mut().zip(rounded) {
+                    column[token] = *x;
+                }
             }
+        }
+        let values: &mut [f16] = self.values[layer][heads].reinterpret_cast_mut();
+        for (slab, value) in values.chunks_exact_mut(head_len).zip(value.chunks_exact(head_dim)) {
+            slab[token * head_dim..][..head_dim].convert_from_f32_slice(value);
         }
     }
 }
@@ -108,13 +118,19 @@ mod tests {
         let value: Vec<f32> = key.iter().map(|x| x + 100.0).collect();
         cache.store(1, &[2, 0], KV_PAGE_TOKENS + 5, &key, &value);
         let layer = cache.layer(1);
-        let first_head = 5 * 4; // Page 0, head 0, token 5.
-        let second_head = (KV_PAGE_TOKENS + 5) * 4;
-        let as_f32 =
-            |slab: &[f16], at: usize| slab[at..at + 4].iter().map(|x| x.to_f32()).collect::<Vec<_>>();
-        assert_eq!(as_f32(layer.keys, first_head), [0.0, 1.0, 2.0, 3.0]);
-        assert_eq!(as_f32(layer.keys, second_head), [4.0, 5.0, 6.0, 7.0]);
-        assert_eq!(as_f32(layer.values, second_head), [104.0, 105.0, 106.0, 107.0]);
+        // Page 0, token 5; head 0 and head 1.
+        let keys = |head: usize| {
+            let element = |d: usize| layer.keys[(head * 4 + d) * KV_PAGE_TOKENS + 5].to_f32();
+            [0, 1, 2, 3].map(element)
+        };
+        let values = |head: usize| {
+            let element = |d: usize| layer.values[(head * KV_PAGE_TOKENS + 5) * 4 + d].to_f32();
+            [0, 1, 2, 3].map(element)
+        };
+        assert_eq!(keys(0), [0.0, 1.0, 2.0, 3.0]);
+        assert_eq!(keys(1), [4.0, 5.0, 6.0, 7.0]);
+        assert_eq!(values(0), [100.0, 101.0, 102.0, 103.0]);
+        assert_eq!(values(1), [104.0, 105.0, 106.0, 107.0]);
         assert!(cache.layer(0).keys.iter().all(|x| x.to_bits() == 0), "the other layer is untouched");
     }
 

@@ -6,8 +6,12 @@
 //!
 //! Queries that share keys (the heads of a group, and rows of one prefill chunk) go through each page of keys and
 //! of values together. That does not change what any of them computes.
+//!
+//! Keys lie transposed within a page, so that a vector holds one element of sixteen positions: lane sums of sixteen
+//! scores are then sixteen vectors, folded without a shuffle.
 #![expect(clippy::cast_precision_loss, reason = "head dimensions are far below 2^24")]
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use half::f16;
@@ -23,6 +27,9 @@ pub const KV_PAGE_TOKENS: usize = 32;
 /// Rows of one prefill chunk that are done together.
 const TILE_ROWS: usize = 4;
 
+/// Pieces of work for each thread, at least, where heads can be cut up that far.
+const ITEMS_PER_THREAD: usize = 4;
+
 /// Heads of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
@@ -37,9 +44,9 @@ pub struct AttentionShape {
 /// Keys and values of one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct KvLayer<'a> {
-    /// Keys: (`n_pages`, `n_kv_heads`, [`KV_PAGE_TOKENS`], `head_dim`).
+    /// Keys: (`n_pages`, `n_kv_heads`, `head_dim`, [`KV_PAGE_TOKENS`]).
     pub keys: &'a [f16],
-    /// Values: the same shape.
+    /// Values: (`n_pages`, `n_kv_heads`, [`KV_PAGE_TOKENS`], `head_dim`).
     pub values: &'a [f16],
 }
 
@@ -110,12 +117,20 @@ impl KernelSet {
         // With few rows it matters more that every thread has work.
         let tile_rows = if rows.len() >= TILE_ROWS * pool.n_threads() { TILE_ROWS } else { 1 };
         let n_tiles = rows.len().div_ceil(tile_rows);
+        // The heads of a group share what they read; but one that waits for work reads nothing.
+        let group = n_heads / n_kv_heads;
+        let wanted = if pool.n_threads() == 1 { 1 } else { ITEMS_PER_THREAD * pool.n_threads() };
+        let n_parts = wanted.div_ceil((n_tiles * n_kv_heads).max(1)).min(group);
+        let n_items_per_tile = n_kv_heads * n_parts;
         let scratch = &*scratch;
         // Long rows last would leave threads idle at the end: the last tiles first.
-        pool.for_each_chunk(n_tiles * n_kv_heads, 1, &|thread, items| {
+        pool.for_each_chunk(n_tiles * n_items_per_tile, 1, &|thread, items| {
             let mut scores = scratch.threads[thread].lock().unwrap_or_else(PoisonError::into_inner);
             for item in items {
-                let (tile, kv_head) = (n_tiles - 1 - item / n_kv_heads, item % n_kv_heads);
+                let (tile, item) = (n_tiles - 1 - item / n_items_per_tile, item % n_items_per_tile);
+                let (kv_head, part) = (item / n_parts, item % n_parts);
+                let first_head = kv_head * group + part * group / n_parts;
+                let end_head = kv_head * group + (part + 1) * group / n_parts;
                 let mut row = tile * tile_rows;
                 let end = rows.len().min(row + tile_rows);
                 while row < end {
@@ -129,6 +144,7 @@ impl KernelSet {
                         rows: tile,
                         first_row: row,
                         kv_head,
+                        heads: first_head..end_head,
                         scores,
                         out: &out,
                     });
@@ -139,7 +155,7 @@ impl KernelSet {
     }
 }
 
-/// Rows of one sequence and the query heads of one KV head. A "query" is one of both; they are numbered row by row.
+/// Rows of one sequence and some query heads of one KV head. A "query" is one of both; they are numbered row by row.
 struct Tile<'a> {
     shape: AttentionShape,
     q: &'a [f32], // (n, n_heads, head_dim), all rows
@@ -147,6 +163,7 @@ struct Tile<'a> {
     rows: &'a [AttentionRow<'a>],
     first_row: usize,
     kv_head: usize,
+    heads: Range<usize>,
     scores: &'a mut [f32],       // (queries, stride)
     out: &'a SharedOut<'a, f32>, // As q.
 }
@@ -174,16 +191,12 @@ impl LanesTask for Tile<'_> {
 }
 
 impl Tile<'_> {
-    fn group(&self) -> usize {
-        self.shape.n_heads / self.shape.n_kv_heads
-    }
-
     fn n_queries(&self) -> usize {
-        self.rows.len() * self.group()
+        self.rows.len() * self.heads.len()
     }
 
     fn n_visible(&self, query: usize) -> usize {
-        self.rows[query / self.group()].n_visible
+        self.rows[query / self.heads.len()].n_visible
     }
 
     /// Of the scores of a query: as long as the longest needs.
@@ -193,8 +206,8 @@ impl Tile<'_> {
 
     /// Where a query lies in `q` and `out`.
     fn start(&self, query: usize) -> usize {
-        let (row, head) = (self.first_row + query / self.group(), query % self.group());
-        (row * self.shape.n_heads + self.kv_head * self.group() + head) * self.shape.head_dim
+        let (row, head) = (self.first_row + query / self.heads.len(), query % self.heads.len());
+        (row * self.shape.n_heads + self.heads.start + head) * self.shape.head_dim
     }
 
     #[inline(always)]
@@ -220,44 +233,54 @@ impl Tile<'_> {
         self.rows.iter().map(|row| row.n_visible.div_ceil(KV_PAGE_TOKENS)).max().unwrap_or(0)
     }
 
+    /// Fills `scores`, up to the next whole vector after the last position that the longest row sees.
     #[inline(always)]
     fn score<L: Lanes>(&mut self, lanes: L) {
         let head_dim = self.shape.head_dim;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let stride = self.stride();
+        let n_positions = self.stride();
         for page in 0..self.n_pages() {
             let keys = &self.kv.keys[self.page_start(page)..][..KV_PAGE_TOKENS * head_dim];
             let first = page * KV_PAGE_TOKENS;
-            let mut query = 0;
-            while query < self.n_queries() {
-                // Four together as far as all of them see, then each alone.
-                let n_together = if query + 4 <= self.n_queries() { 4 } else { 1 };
-                let mut common = 0;
-                if n_together == 4 {
-                    common = (query..query + 4).map(|i| self.n_visible(i)).min().unwrap_or(0);
-                    let count = common.saturating_sub(first).min(KV_PAGE_TOKENS);
-                    let q = [query, query + 1, query + 2, query + 3];
-                    for (t, key) in keys.chunks_exact(head_dim).take(count).enumerate() {
-                        let scores = dots(
-                            lanes,
-                            [self.query(q[0]), self.query(q[1]), self.query(q[2]), self.query(q[3])],
-                            key,
-                        );
-                        for (q, score) in q.iter().zip(lanes.sum4(scores)) {
-                            self.scores[q * stride + first + t] = score * scale;
-                        }
-                    }
+            for begin in (0..KV_PAGE_TOKENS.min(n_positions - first)).step_by(16) {
+                let mut query = 0;
+                while L::IS_WIDE && query + 8 <= self.n_queries() {
+                    self.score_some::<L, 8, 1>(lanes, query, (keys, begin), first);
+                    query += 8;
                 }
-                for query in query..query + n_together {
-                    let begin = common.saturating_sub(first).min(KV_PAGE_TOKENS);
-                    let end = self.n_visible(query).saturating_sub(first).min(KV_PAGE_TOKENS);
-                    for t in begin..end {
-                        let [score] = dots(lanes, [self.query(query)], &keys[t * head_dim..][..head_dim]);
-                        self.scores[query * stride + first + t] = lanes.sum(score) * scale;
-                    }
+                while L::IS_WIDE && query + 4 <= self.n_queries() {
+                    self.score_some::<L, 4, 2>(lanes, query, (keys, begin), first);
+                    query += 4;
                 }
-                query += n_together;
+                while query + 2 <= self.n_queries() {
+                    self.score_some::<L, 2, 1>(lanes, query, (keys, begin), first);
+                    query += 2;
+                }
+                if query < self.n_queries() {
+                    self.score_some::<L, 1, 2>(lanes, query, (keys, begin), first);
+                }
             }
+        }
+    }
+
+    /// Scores of `Q` queries at the sixteen positions from `begin` of a page whose first position is `first`.
+    #[inline(always)]
+    fn score_some<L: Lanes, const Q: usize, const P: usize>(
+        &mut self,
+        lanes: L,
+        query: usize,
+        (keys, begin): (&[f16], usize),
+        first: usize,
+    ) {
+        let scale = lanes.splat(1.0 / (self.shape.head_dim as f32).sqrt());
+        let stride = self.stride();
+        let mut queries = [&[0.0_f32][..]; Q];
+        for (i, q) in queries.iter_mut().enumerate() {
+            *q = self.query(query + i);
+        }
+        let sums = dots::<L, Q, P>(lanes, queries, keys, begin);
+        for (i, sums) in sums.iter().enumerate() {
+            let scores = &mut self.scores[(query + i) * stride + first + begin..];
+            lanes.store(lanes.mul(*sums, scale), &mut scores.as_chunks_mut().0[0]);
         }
     }
 
@@ -295,25 +318,54 @@ impl Tile<'_> {
     }
 }
 
-/// Lane sums of `Q` queries times one key. (Loops over vectors go by index: iterators that yield them are not
-/// always inlined, and then pass them through memory.)
+/// Dot products of `Q` queries with sixteen keys, which lie (`head_dim`, [`KV_PAGE_TOKENS`]) from position `begin`:
+/// a lane for each key. `P` pairs of the lanes that the fixed order speaks of are summed up at a time; here each is a
+/// vector.
 #[inline(always)]
-fn dots<L: Lanes, const Q: usize>(lanes: L, q: [&[f32]; Q], key: &[f16]) -> [L::V; Q] {
-    let mut acc = [lanes.splat(0.0); Q];
-    let (whole, rest) = key.as_chunks::<16>();
-    for (j, k) in whole.iter().enumerate() {
-        let k = lanes.load_f16(k);
+#[expect(clippy::needless_range_loop, reason = "iterators that yield vectors are not always inlined")]
+fn dots<L: Lanes, const Q: usize, const P: usize>(
+    lanes: L,
+    queries: [&[f32]; Q],
+    keys: &[f16],
+    begin: usize,
+) -> [L::V; Q] {
+    let keys = keys.as_chunks::<KV_PAGE_TOKENS>().0;
+    let head_dim = keys.len();
+    let queries = queries.map(|q| &q[..head_dim]);
+    let mut folded = [[lanes.splat(0.0); 8]; Q];
+    for first in (0..8).step_by(P) {
+        let mut acc = [[[lanes.splat(0.0); 2]; P]; Q];
+        for d in (first..head_dim).step_by(16) {
+            for p in 0..P {
+                for upper in 0..2 {
+                    let d = d + p + 8 * upper;
+                    if d >= head_dim {
+                        continue;
+                    }
+                    let key = lanes.load_f16(&keys[d][begin..].as_chunks().0[0]);
+                    for i in 0..Q {
+                        acc[i][p][upper] = lanes.fma(lanes.splat(queries[i][d]), key, acc[i][p][upper]);
+                    }
+                }
+            }
+        }
         for i in 0..Q {
-            acc[i] = lanes.fma(lanes.load(&q[i].as_chunks().0[j]), k, acc[i]);
+            for p in 0..P {
+                folded[i][first + p] = lanes.add(acc[i][p][0], acc[i][p][1]);
+            }
         }
     }
-    if !rest.is_empty() {
-        let k = lanes.load_f16(&padded(rest, f16::ZERO));
-        for i in 0..Q {
-            acc[i] = lanes.fma(lanes.load(&padded(q[i].as_chunks::<16>().1, 0.0)), k, acc[i]);
+    let mut sums = [lanes.splat(0.0); Q];
+    for i in 0..Q {
+        let mut v = folded[i];
+        for half in [4, 2, 1] {
+            for j in 0..half {
+                v[j] = lanes.add(v[j], v[j + half]);
+            }
         }
+        sums[i] = v[0];
     }
-    acc
+    sums
 }
 
 /// Scores to `exp(score - max)`; those past `n_visible` to 0.

@@ -51,8 +51,6 @@ pub(crate) trait Lanes: Copy {
     fn exp(self, v: Self::V) -> Self::V;
     /// The lanes added in the order of the module above.
     fn sum(self, v: Self::V) -> f32;
-    /// Four sums.
-    fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
 }
 
 /// A piece of work that is compiled for each instruction set. `run` must be `#[inline(always)]`, and so must

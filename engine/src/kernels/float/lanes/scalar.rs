@@ -106,9 +106,4 @@ impl Lanes for Scalar {
         }
         v[0]
     }
-
-    #[inline(always)]
-    fn sum4(self, v: [[f32; 16]; 4]) -> [f32; 4] {
-        v.map(|v| self.sum(v))
-    }
 }

@@ -135,12 +135,6 @@ impl Lanes for Avx2 {
         // SAFETY: `self` proves the features.
         unsafe { sum(v) }
     }
-
-    #[inline(always)]
-    fn sum4(self, v: [Pair; 4]) -> [f32; 4] {
-        // SAFETY: `self` proves the features.
-        unsafe { sum4(v) }
-    }
 }
 
 #[inline]
@@ -324,28 +318,4 @@ fn sum(v: Pair) -> f32 {
     let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
     _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn sum4(v: [Pair; 4]) -> [f32; 4] {
-    let [a, b, c, d] = [
-        _mm256_add_ps(v[0][0], v[0][1]),
-        _mm256_add_ps(v[1][0], v[1][1]),
-        _mm256_add_ps(v[2][0], v[2][1]),
-        _mm256_add_ps(v[3][0], v[3][1]),
-    ];
-    // Four lanes of a | four lanes of b.
-    let ab = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
-    let cd = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(c, d), _mm256_permute2f128_ps::<0x31>(c, d));
-    // a a c c | b b d d.
-    let v = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
-    let v = _mm256_add_ps(v, _mm256_movehdup_ps(v));
-    // Lanes 0 and 2 of each half: a c | b d.
-    let (ac, bd) = (_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-    let sums = _mm_unpacklo_ps(_mm_shuffle_ps::<0x08>(ac, ac), _mm_shuffle_ps::<0x08>(bd, bd));
-    let mut out = [0.0; 4];
-    // SAFETY: writes the four floats of `out`.
-    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
-    out
 }

@@ -132,12 +132,6 @@ impl Lanes for Avx512 {
         // SAFETY: `self` proves the features.
         unsafe { sum(v) }
     }
-
-    #[inline(always)]
-    fn sum4(self, v: [__m512; 4]) -> [f32; 4] {
-        // SAFETY: `self` proves the features.
-        unsafe { sum4(v) }
-    }
 }
 
 #[inline]
@@ -297,23 +291,4 @@ fn sum(v: __m512) -> f32 {
     let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
     _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-fn sum4(v: [__m512; 4]) -> [f32; 4] {
-    let [a, b, c, d] = v;
-    // Eight lanes of a | eight lanes of b.
-    let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-    let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
-    // Four lanes of each: a | b | c | d.
-    let v = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
-    let v = _mm512_add_ps(v, _mm512_permute_ps::<0x4e>(v));
-    let v = _mm512_add_ps(v, _mm512_permute_ps::<0xb1>(v));
-    let lanes = _mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), v);
-    let sums = _mm512_castps512_ps128(lanes);
-    let mut out = [0.0; 4];
-    // SAFETY: writes the four floats of `out`.
-    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
-    out
 }

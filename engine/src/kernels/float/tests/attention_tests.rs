@@ -64,15 +64,21 @@ impl Case {
         for (i, q) in self.q.chunks(head_dim).enumerate() {
             let (sequence, n_visible) = self.rows[i / n_heads];
             let kv_head = i % n_heads / (n_heads / n_kv_heads);
-            let plain = |slab: &[f16]| -> Vec<Vec<f32>> {
-                let row = |t: usize| {
-                    let page = self.pages[sequence][t / KV_PAGE_TOKENS] as usize;
-                    let at = ((page * n_kv_heads + kv_head) * KV_PAGE_TOKENS + t % KV_PAGE_TOKENS) * head_dim;
-                    slab[at..at + head_dim].iter().map(|v| v.to_f32_const()).collect()
-                };
-                (0..n_visible).map(row).collect()
+            let page = |t: usize| {
+                let page = self.pages[sequence][t / KV_PAGE_TOKENS] as usize;
+                (page * n_kv_heads + kv_head) * KV_PAGE_TOKENS * head_dim
             };
-            out.extend(plain_attention(q, &plain(&self.keys), &plain(&self.values)));
+            let key = |t: usize| {
+                let element = |d: usize| self.keys[page(t) + d * KV_PAGE_TOKENS + t % KV_PAGE_TOKENS];
+                (0..head_dim).map(|d| element(d).to_f32_const()).collect()
+            };
+            let value = |t: usize| {
+                let at = page(t) + t % KV_PAGE_TOKENS * head_dim;
+                self.values[at..at + head_dim].iter().map(|v| v.to_f32_const()).collect()
+            };
+            let keys: Vec<Vec<f32>> = (0..n_visible).map(key).collect();
+            let values: Vec<Vec<f32>> = (0..n_visible).map(value).collect();
+            out.extend(plain_attention(q, &keys, &values));
         }
         out
     }
@@ -127,9 +133,9 @@ fn what_a_row_does_not_see_cannot_touch_it() {
     let mut case = Case::new(shape, &[(30, 13)], 4);
     // The last position is seen by the last row alone.
     let page = case.pages[0][1] as usize;
-    let at = (page * KV_PAGE_TOKENS + 41 - KV_PAGE_TOKENS) * 64;
-    case.keys[at] = f16::NAN;
-    case.values[at] = f16::INFINITY;
+    let (page, t) = (page * KV_PAGE_TOKENS * 64, 41 - KV_PAGE_TOKENS);
+    case.keys[page + t] = f16::NAN;
+    case.values[page + t * 64] = f16::INFINITY;
     case.check();
     assert!(case.expected()[..12 * 4 * 64].iter().all(|v| v.is_finite()));
 }
