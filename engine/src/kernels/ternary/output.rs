@@ -28,6 +28,12 @@ impl<'a> Output<'a> {
         Self { base: out.as_mut_ptr(), len: out.len(), n_rows, store, borrowed: PhantomData }
     }
 
+    /// What happens to what is already there.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn store(&self) -> Store {
+        self.store
+    }
+
     /// Number of values.
     pub(super) fn len(&self) -> usize {
         self.len
@@ -38,7 +44,8 @@ impl<'a> Output<'a> {
     /// # Safety
     /// No other thread uses these rows, and no earlier tile of them is still in use.
     #[expect(clippy::mut_from_ref, reason = "the threads write disjoint parts; see the contract")]
-    unsafe fn tile(&self, token: usize, rows: Range<usize>) -> &mut [f32] {
+    #[inline(always)]
+    pub(super) unsafe fn tile(&self, token: usize, rows: Range<usize>) -> &mut [f32] {
         let start = token * self.n_rows + rows.start;
         let is_inside = rows.start <= rows.end && rows.end <= self.n_rows && start + rows.len() <= self.len;
         assert!(is_inside, "rows {rows:?} of token {token}");
@@ -81,9 +88,9 @@ impl<'a> Output<'a> {
 /// What a token brings to the last float steps.
 #[derive(Clone, Copy)]
 pub(super) struct TokenScale {
-    token: usize,
-    sum: f32,
-    scale: f32,
+    pub(super) token: usize,
+    pub(super) sum: f32,
+    pub(super) scale: f32,
 }
 
 impl TokenScale {

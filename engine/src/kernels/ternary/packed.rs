@@ -69,6 +69,7 @@ impl<'a> PackedRows<'a> {
     }
 
     /// Whether half a block follows the whole ones.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn has_half(&self) -> bool {
         self.has_half
     }
@@ -79,6 +80,7 @@ impl<'a> PackedRows<'a> {
     }
 
     /// Bytes from one row to the next.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn row_bytes(&self) -> usize {
         self.row_bytes
     }
@@ -123,6 +125,19 @@ impl RowsJob<'_> {
             let bytes = self.matrix.blocks();
             u16::from_le_bytes([bytes[at], bytes[at + 1]])
         })
+    }
+
+    /// Where the outputs of 16 rows from `first` go; fewer where the rows end.
+    ///
+    /// # Safety
+    /// No other thread uses these rows, and no earlier tile of them is still in use.
+    #[cfg(target_arch = "x86_64")]
+    #[expect(clippy::mut_from_ref, reason = "the threads write disjoint parts; see the contract")]
+    #[inline(always)]
+    pub(super) unsafe fn tile(&self, first: usize, token: TokenScale) -> &mut [f32] {
+        let n = TILE_ROWS.min(self.rows.n_rows - first);
+        // SAFETY: the caller's promise.
+        unsafe { self.out.tile(token.token, self.first_row + first..self.first_row + first + n) }
     }
 
     /// Finishes the sums of one token for 16 rows from `first`, of which the first that exist are stored.
@@ -172,6 +187,9 @@ pub(super) fn repack<'a>(
         // SAFETY: `isa` comes from a `KernelSet`, so that `for_isa` saw AVX-512 F, BW and VL on this CPU.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { repack_avx512(blocks, packed) },
+        // SAFETY: `isa` comes from a `KernelSet`, so that `for_isa` saw Advanced SIMD on this CPU.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDotprod => unsafe { repack_neon(blocks, packed) },
         _ => repack_body(blocks, packed),
     }
     PackedRows::dense(packed, n_rows, matrix.n_cols())
@@ -186,6 +204,12 @@ fn repack_avx2(blocks: &[u8], packed: &mut [u8]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn repack_avx512(blocks: &[u8], packed: &mut [u8]) {
+    repack_body(blocks, packed);
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+fn repack_neon(blocks: &[u8], packed: &mut [u8]) {
     repack_body(blocks, packed);
 }
 

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use super::packed::{PackedRows, RowsJob};
 use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
-use super::{QuantizedRows, TILE_ROWS, TokenScale};
+use super::{QuantizedRows, Store, TILE_ROWS, TokenScale};
 
 mod panel; // Many tokens: 32 rows unpacked and transposed.
 
@@ -311,6 +311,27 @@ fn horizontal_sums(a: __m512i, b: __m512i, c: __m512i, d: __m512i) -> __m128i {
     let abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     let half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64::<1>(abcd));
     _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half))
+}
+
+/// [`RowsJob::finish_dots`] for dots that are in a register: the same operations on sixteen rows at once.
+///
+/// # Safety
+/// No other thread uses these rows.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn finish_dots(job: &RowsJob<'_>, first: usize, dots: __m512i, token: TokenScale) {
+    // SAFETY: the caller's promise; the tile is dropped before this function returns.
+    let out = unsafe { job.tile(first, token) };
+    let exists = u16::MAX >> (TILE_ROWS - out.len().min(TILE_ROWS));
+    let centred = _mm512_sub_ps(_mm512_cvtepi32_ps(dots), _mm512_set1_ps(token.sum));
+    let quotient = _mm512_div_ps(centred, _mm512_set1_ps(token.scale));
+    let mut value = _mm512_mul_ps(quotient, _mm512_set1_ps(job.matrix.scale()));
+    if job.out.store() == Store::Add {
+        // SAFETY: the mask has a bit for each element of the tile.
+        value = _mm512_add_ps(unsafe { _mm512_maskz_loadu_ps(exists, out.as_ptr()) }, value);
+    }
+    // SAFETY: as above.
+    unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), exists, value) };
 }
 
 /// One step of the sum over blocks: `fma(f32(dot - block_sum), scale, acc)` for 16 rows.

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{add_block, codes_at, f32_of, group_at, load_f32, load_half, load_packed};
+use super::{add_block, codes_at, f32_of, finish_dots, group_at, load_f32, load_half, load_packed};
 use crate::kernels::ternary::packed::{PackedRows, RowsJob};
 use crate::kernels::ternary::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
 use crate::kernels::ternary::{QuantizedRows, TILE_ROWS, TokenScale};
@@ -98,44 +98,52 @@ fn tokens<const T: usize>(
     first_row: usize,
     panel: &[Line],
 ) {
-    let mut sums = [[[0.0_f32; TILE_ROWS]; TILES]; T];
-    let mut dots = [[_mm512_setzero_si512(); TILES]; T];
     let values: [&[Line]; T] = std::array::from_fn(|token| acts.lines(first_token + token));
-    let n_blocks = job.rows.n_blocks();
+    let n_tiles = (job.rows.n_rows() - first_row).div_ceil(TILE_ROWS).min(TILES);
     if job.has_block_scales() {
-        let block_sums: [&[i32]; T] = std::array::from_fn(|token| acts.block_sums(first_token + token));
-        for block in 0..n_blocks {
-            dots = multiply::<T>(panel, &values, block, 1);
-            for tile in 0..TILES {
-                let scales = job.block_scales(first_row + tile * TILE_ROWS, block);
-                for ((sums, dots), block_sums) in sums.iter_mut().zip(dots).zip(block_sums) {
-                    let block_sum = _mm512_set1_epi32(block_sums[block]);
-                    let sum = add_block(load_f32(&sums[tile]), dots[tile], block_sum, f32_of(&scales));
-                    // SAFETY: 16 elements.
-                    unsafe { _mm512_storeu_ps(sums[tile].as_mut_ptr(), sum) };
-                }
+        return tokens_blocks(job, acts, first_token, first_row, (panel, &values));
+    }
+    let dots = multiply::<T>(panel, &values, 0, job.rows.n_blocks());
+    for (token, dots) in dots.iter().enumerate() {
+        let scale = TokenScale::of(acts, first_token + token);
+        for (tile, dots) in dots.iter().enumerate().take(n_tiles) {
+            // SAFETY: the caller promises that this thread alone has these rows.
+            unsafe { finish_dots(job, first_row + tile * TILE_ROWS, *dots, scale) };
+        }
+    }
+}
+
+/// The same with a scale in every block.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn tokens_blocks<const T: usize>(
+    job: &RowsJob<'_>,
+    acts: &QuantizedRows,
+    first_token: usize,
+    first_row: usize,
+    (panel, values): (&[Line], &[&[Line]; T]),
+) {
+    let mut sums = [[[0.0_f32; TILE_ROWS]; TILES]; T];
+    let n_tiles = (job.rows.n_rows() - first_row).div_ceil(TILE_ROWS).min(TILES);
+    let block_sums: [&[i32]; T] = std::array::from_fn(|token| acts.block_sums(first_token + token));
+    #[expect(clippy::needless_range_loop, reason = "the block of several things")]
+    for block in 0..job.rows.n_blocks() {
+        let dots = multiply::<T>(panel, values, block, 1);
+        for tile in 0..n_tiles {
+            let scales = f32_of(&job.block_scales(first_row + tile * TILE_ROWS, block));
+            for token in 0..T {
+                let block_sum = _mm512_set1_epi32(block_sums[token][block]);
+                let sums = &mut sums[token][tile];
+                let sum = add_block(load_f32(sums), dots[token][tile], block_sum, scales);
+                // SAFETY: 16 elements.
+                unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), sum) };
             }
         }
-    } else {
-        dots = multiply::<T>(panel, &values, 0, n_blocks);
     }
-    for (token, (sums, dots)) in sums.iter().zip(dots).enumerate() {
+    for (token, sums) in sums.iter().enumerate() {
         let scale = TokenScale::of(acts, first_token + token);
-        for tile in 0..TILES {
-            let row = first_row + tile * TILE_ROWS;
-            if row >= job.rows.n_rows() {
-                break;
-            }
-            if job.has_block_scales() {
-                // SAFETY: the caller promises that this thread alone has these rows.
-                unsafe { job.finish_sums(row, &sums[tile], scale) };
-            } else {
-                let mut lanes = [0; TILE_ROWS];
-                // SAFETY: 16 elements of 4 bytes.
-                unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), dots[tile]) };
-                // SAFETY: the caller promises that this thread alone has these rows.
-                unsafe { job.finish_dots(row, &lanes, scale) };
-            }
+        for (tile, sums) in sums.iter().enumerate().take(n_tiles) {
+            // SAFETY: the caller promises that this thread alone has these rows.
+            unsafe { job.finish_sums(first_row + tile * TILE_ROWS, sums, scale) };
         }
     }
 }
