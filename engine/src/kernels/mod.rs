@@ -6,6 +6,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64; // Sums of products on ARM.
 pub mod float; // Norms, activations, RoPE, attention, dense products.
 pub mod head; // The fast output head.
 pub mod probe; // What the machine can do at best.
@@ -120,7 +122,18 @@ fn is_present(isa: Isa) -> bool {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn is_present(isa: Isa) -> bool {
+    let has_neon = std::arch::is_aarch64_feature_detected!("neon");
+    match isa {
+        Isa::Scalar => true,
+        Isa::Neon => has_neon,
+        Isa::NeonDotprod => has_neon && std::arch::is_aarch64_feature_detected!("dotprod"),
+        Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni => false,
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn is_present(isa: Isa) -> bool {
     matches!(isa, Isa::Scalar)
 }

@@ -64,6 +64,9 @@ fn read(kernels: KernelSet, bytes: &[u8]) {
         // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 on this CPU.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { x86::read_512(bytes) },
+        // SAFETY: `isa` is one of these only if `for_isa` saw Advanced SIMD on this CPU.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDotprod => unsafe { arm::read(bytes) },
         _ => {
             black_box(bytes.iter().fold(0, |acc, byte| acc ^ byte));
         }
@@ -79,6 +82,12 @@ fn multiply(kernels: KernelSet, n_steps: usize) -> usize {
         // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F and VNNI on this CPU.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { x86::multiply_avx512(n_steps) },
+        // SAFETY: `isa` is `Neon` only if `for_isa` saw Advanced SIMD on this CPU.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { arm::multiply_neon(n_steps) },
+        // SAFETY: `isa` is `NeonDotprod` only if `for_isa` saw Advanced SIMD and `sdot` on this CPU.
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDotprod => unsafe { arm::multiply_dotprod(n_steps) },
         _ => multiply_scalar(n_steps),
     }
 }
@@ -163,5 +172,56 @@ mod x86 {
         }
         black_box(sums);
         N_SUMS * 64
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    //! The probes in the vector registers of ARM.
+
+    use std::arch::aarch64::*;
+    use std::hint::black_box;
+
+    use crate::kernels::aarch64::{DotProduct, MultiplyAdd, Products};
+
+    /// Independent sums: more than the latency of a multiplication times those that start in a cycle.
+    const N_SUMS: usize = 12;
+
+    #[target_feature(enable = "neon")]
+    pub(super) fn read(bytes: &[u8]) {
+        let mut all = [vdupq_n_u8(0); 4];
+        for chunk in bytes.chunks_exact(64) {
+            for (i, all) in all.iter_mut().enumerate() {
+                // SAFETY: a chunk is 4 times 16 bytes.
+                let next = unsafe { vld1q_u8(chunk.as_ptr().wrapping_add(16 * i)) };
+                *all = veorq_u8(*all, next);
+            }
+        }
+        black_box(all);
+    }
+
+    #[target_feature(enable = "neon")]
+    pub(super) fn multiply_neon(n_steps: usize) -> usize {
+        // SAFETY: this function is compiled for Advanced SIMD, and its caller vouched for the CPU.
+        multiply(unsafe { MultiplyAdd::new() }, vdupq_n_u8(1), n_steps)
+    }
+
+    #[target_feature(enable = "neon,dotprod")]
+    pub(super) fn multiply_dotprod(n_steps: usize) -> usize {
+        // SAFETY: this function is compiled for Advanced SIMD and `sdot`, and its caller vouched for the CPU.
+        multiply(unsafe { DotProduct::new() }, vdupq_n_u8(1), n_steps)
+    }
+
+    #[inline(always)]
+    fn multiply<P: Products>(products: P, codes: uint8x16_t, n_steps: usize) -> usize {
+        let (codes, values) = (black_box(codes), black_box(codes));
+        let mut sums = [products.zero(); N_SUMS];
+        for _ in 0..n_steps {
+            for sum in &mut sums {
+                *sum = products.add(*sum, codes, values);
+            }
+        }
+        black_box(sums);
+        N_SUMS * 16
     }
 }

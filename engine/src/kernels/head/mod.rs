@@ -4,6 +4,8 @@
 //! logit, so that the result is a function of the weights and the input alone (promise P4).
 #![expect(unsafe_code, reason = "threads write disjoint parts of the logits")]
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64; // `sdot` or `smlal`.
 mod round; // Rotation, and rows to codes.
 mod scalar; // Sums by definition.
 mod screen; // All logits, approximately.

@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64;
 use super::round::rotate;
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
@@ -92,6 +94,12 @@ impl KernelSet {
             // SAFETY: `for_isa` saw AVX-512 F, BW and VNNI on this CPU.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => unsafe { x86_avx512::sums(rows, x) },
+            // SAFETY: `for_isa` saw Advanced SIMD on this CPU.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => unsafe { aarch64::sums_neon(rows, x) },
+            // SAFETY: `for_isa` saw Advanced SIMD and `sdot` on this CPU.
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => unsafe { aarch64::sums_dotprod(rows, x) },
             _ => scalar::sums(rows, x),
         }
     }

@@ -19,6 +19,8 @@ use super::{Isa, KernelSet};
 use crate::pool::ThreadPool;
 use crate::ternary::{TernaryFormat, TernaryMatrix};
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64; // Advanced SIMD, with and without `sdot`.
 #[cfg(target_arch = "x86_64")]
 mod avx2; // AVX2.
 #[cfg(target_arch = "x86_64")]
@@ -154,6 +156,18 @@ impl KernelSet {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             (Isa::Avx512Vnni, true) => unsafe { avx512::matmul::<true>(job, acts, panel) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: `isa` is `Neon` only if `for_isa` saw Advanced SIMD on this CPU.
+            (Isa::Neon, false) => unsafe { aarch64::matmul_neon::<false>(job, acts, panel) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            (Isa::Neon, true) => unsafe { aarch64::matmul_neon::<true>(job, acts, panel) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: `isa` is `NeonDotprod` only if `for_isa` saw Advanced SIMD and `sdot` on this CPU.
+            (Isa::NeonDotprod, false) => unsafe { aarch64::matmul_dotprod::<false>(job, acts, panel) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            (Isa::NeonDotprod, true) => unsafe { aarch64::matmul_dotprod::<true>(job, acts, panel) },
             _ => unreachable!("`for_isa` gives no {}", self.isa),
         }
     }

@@ -84,6 +84,9 @@ impl KernelSet {
             // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW and VL on this CPU.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => unsafe { quantize_row_avx512(x, out) },
+            // SAFETY: `isa` is one of these only if `for_isa` saw Advanced SIMD on this CPU.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDotprod => unsafe { quantize_row_neon(x, out) },
             _ => quantize_row_body(x, out),
         }
     }
@@ -98,6 +101,12 @@ fn quantize_row_avx2(x: &[f32], out: &mut Row) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn quantize_row_avx512(x: &[f32], out: &mut Row) {
+    quantize_row_body(x, out);
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+fn quantize_row_neon(x: &[f32], out: &mut Row) {
     quantize_row_body(x, out);
 }
 

@@ -4,6 +4,8 @@
 //! the CPU has it: only [`KernelSet::on_lanes`] makes one. Kernels that take it are safe code.
 #![expect(unsafe_code, reason = "enters code compiled for an instruction set")]
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64_neon; // Four registers of Advanced SIMD.
 mod scalar; // The definition: arrays.
 #[cfg(target_arch = "x86_64")]
 mod x86_avx2; // Two ymm registers.
@@ -70,6 +72,9 @@ impl KernelSet {
             // SAFETY: `for_isa` saw AVX-512 F, BW and VL, FMA and F16C on this CPU.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => unsafe { x86_avx512::run(task) },
+            // SAFETY: `for_isa` saw Advanced SIMD on this CPU.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDotprod => unsafe { aarch64_neon::run(task) },
             _ => task.run(scalar::Scalar),
         }
     }
