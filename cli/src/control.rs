@@ -1,4 +1,4 @@
-//! `bitnetd status`, `drain`, `restart` and `reload`: look at the daemon and tell it what to do.
+//! `bitnetd status`, `metrics`, `drain`, `restart` and `reload`: look at the daemon and tell it what to do.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -40,6 +40,16 @@ pub(crate) struct RestartArgs {
     socket: SocketArgs,
 }
 
+/// `bitnetd metrics`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "docs/metrics.md says what each of them means. `listen.metrics` lets Prometheus fetch them."
+)]
+pub(crate) struct MetricsArgs {
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
 /// `bitnetd reload`
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -59,6 +69,12 @@ pub(crate) fn status(args: &StatusArgs) -> Result<ExitCode, CliError> {
         Health::Ready | Health::Draining => ExitCode::Ok,
         Health::Starting | Health::Degraded => ExitCode::Failure,
     })
+}
+
+/// Prints what the service has counted and measured.
+pub(crate) fn metrics(args: &MetricsArgs) -> Result<ExitCode, CliError> {
+    terminal::put(args.socket.connect()?.metrics()?.as_bytes())?;
+    Ok(ExitCode::Ok)
 }
 
 /// Asks the service to finish what it has and end.

@@ -11,7 +11,7 @@ use bitnetd_placement::PlanError;
 use bitnetd_proto::client::ClientError;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_supervisor::{ActivationError, ListenError, StartError};
+use bitnetd_supervisor::{ActivationError, ListenError, ScrapeError, StartError};
 
 use crate::terminal;
 
@@ -188,6 +188,22 @@ impl From<ListenError> for CliError {
     fn from(error: ListenError) -> Self {
         let hint = error.hint();
         Self::with_code(error.exit_code(), error).hint(hint)
+    }
+}
+
+impl From<ScrapeError> for CliError {
+    fn from(error: ScrapeError) -> Self {
+        match error {
+            ScrapeError::Unix(error) => error.into(),
+            ScrapeError::Tcp { ref source, .. } => {
+                let code = match source.kind() {
+                    io::ErrorKind::AddrInUse => ExitCode::Temporary,
+                    io::ErrorKind::PermissionDenied => ExitCode::Permission,
+                    _ => ExitCode::Config,
+                };
+                Self::with_code(code, error).hint("choose another `listen.metrics`")
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 mod answer; // One answer as it arrives.
 mod batch; // Many answers.
 mod config_cmd; // `config check|show`.
-mod control; // `status`, `drain`, `restart`, `reload`.
+mod control; // `status`, `metrics`, `drain`, `restart`, `reload`.
 mod daemon; // A running daemon, through its socket.
 mod error; // Outcome -> message, hint and exit code, in one place.
 mod generate;
@@ -83,6 +83,8 @@ enum Command {
     Generate(Box<generate::GenerateArgs>),
     /// Show how the daemon is: health, model, workers, counters
     Status(control::StatusArgs),
+    /// Print what the daemon has counted and measured, as Prometheus reads it
+    Metrics(control::MetricsArgs),
     /// Let the daemon finish what it has accepted, then end
     Drain(control::DrainArgs),
     /// Replace the worker process of one slot; its jobs go on elsewhere
@@ -120,6 +122,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Serve(args) => serve::main(&args, &cli.log),
         Command::Generate(args) => generate::main(&args),
         Command::Status(args) => control::status(&args),
+        Command::Metrics(args) => control::metrics(&args),
         Command::Drain(args) => control::drain(&args),
         Command::Restart(args) => control::restart(&args),
         Command::Reload(args) => control::reload(&args),

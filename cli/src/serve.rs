@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use bitnetd_config::{Config, Environment, ServiceManager};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_supervisor::{Activation, Listener, Notifier, Service};
+use bitnetd_supervisor::{Activation, Listener, Notifier, ScrapeListener, Service};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -136,12 +136,14 @@ async fn serve(
     let hangup = signal(SignalKind::hangup()).map_err(|error| CliError::os("handle signals", error))?;
     let listeners = listeners(&config, reloader.environment(), &mut activation)?;
     let socket = listeners.first().map(|listener| listener.path().to_owned()).unwrap_or_default();
+    let metrics = ScrapeListener::bind(&config.listen).await?;
     let service = Service::start_under(local::service_spec(config)?, notifier, activation.stored).await?;
     service.on_reload(reloader);
     let reloading = tokio::spawn(reload::at_each_hangup(hangup, service.clone()));
     // Clients are let in at once: they can ask for the status, and their jobs wait for the workers.
     let serving: Vec<_> =
         listeners.into_iter().map(|listener| tokio::spawn(listener.serve(service.clone()))).collect();
+    let scraped = metrics.map(|metrics| tokio::spawn(metrics.serve(service.clone())));
     let outcome = tokio::select! {
         outcome = live(&service, &socket) => outcome,
         () = interrupt.wait() => Ok(()),
@@ -156,6 +158,9 @@ async fn serve(
     service.stop().await;
     let code = service.stopped().await;
     reloading.abort();
+    if let Some(scraped) = scraped {
+        scraped.await.map_err(|error| CliError::with_code(ExitCode::Software, error))?;
+    }
     for serving in serving {
         serving.await.map_err(|error| CliError::with_code(ExitCode::Software, error))?;
     }

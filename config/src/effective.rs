@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::schema::{self, KEYS, Key};
-use crate::sections::{Config, JournalChoice, SplitConfig};
+use crate::sections::{Config, JournalChoice, MetricsAddress, SplitConfig};
 use crate::{Choice, cpu_list, values};
 
 impl Config {
@@ -180,6 +180,10 @@ impl Config {
             "allow_uids" => Some(format!("{:?}", self.listen.allow_uids)),
             "allow_gids" => Some(format!("{:?}", self.listen.allow_gids)),
             "max_connections" => Some(self.listen.max_connections.to_string()),
+            "metrics" => Some(match self.listen.metrics.as_ref()? {
+                MetricsAddress::Tcp(address) => quoted(&address.to_string()),
+                MetricsAddress::Unix(path) => quoted_path(path),
+            }),
             _ => None,
         }
     }

@@ -24,7 +24,7 @@ pub use crate::problem::{ConfigErrors, LoadError, Problem};
 pub use crate::schema::{ISAS, KEYS, Key};
 pub use crate::sections::{
     AffinityConfig, Config, CoreChoice, DurableConfig, EngineConfig, HeadChoice, JournalChoice, ListenConfig,
-    LogConfig, LogFormat, ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig, SchedulerChoice,
-    ServiceConfig, SmtPolicy, SplitConfig, WatchdogConfig,
+    LogConfig, LogFormat, MetricsAddress, ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig,
+    SchedulerChoice, ServiceConfig, SmtPolicy, SplitConfig, WatchdogConfig,
 };
 pub use crate::service_manager::{InheritedFd, SERVICE_MANAGER_VARIABLES, ServiceManager};

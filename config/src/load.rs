@@ -10,8 +10,8 @@ use toml::de::{DeTable, DeValue};
 use crate::problem::{ConfigErrors, LoadError};
 use crate::reader::{Problems, Refusal, Table};
 use crate::sections::{
-    AffinityConfig, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig, ModelConfig,
-    QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
+    AffinityConfig, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
+    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
 };
 use crate::{Choice, cpu_list, schema, values};
 
@@ -264,21 +264,35 @@ fn service(table: &mut Table<'_, '_, '_>) -> ServiceConfig {
 fn listen(table: &mut Table<'_, '_, '_>, base: &Path) -> ListenConfig {
     let default = ListenConfig::default();
     ListenConfig {
-        socket: table.get("socket", |value| {
-            let path = path(value, base)?;
-            match path.as_os_str().len() {
-                0..=SOCKET_PATH_BYTES_MAX => Ok(path),
-                bytes => Err(Refusal::new(format!(
-                    "the path has {bytes} bytes, and that of a Unix socket at most {SOCKET_PATH_BYTES_MAX}"
-                ))),
-            }
-        }),
+        socket: table.get("socket", |value| socket_path(value, base)),
         mode: table.get("mode", mode).unwrap_or(default.mode),
         allow_uids: table.get("allow_uids", ids).unwrap_or_default(),
         allow_gids: table.get("allow_gids", ids).unwrap_or_default(),
         max_connections: table
             .get("max_connections", |value| integer(value, 1..=65_536))
             .unwrap_or(default.max_connections),
+        metrics: table.get("metrics", |value| metrics_address(value, base)),
+    }
+}
+
+fn metrics_address(value: &DeValue<'_>, base: &Path) -> Result<MetricsAddress, Refusal> {
+    match value.as_str() {
+        Some(text) if text.contains('/') => Ok(MetricsAddress::Unix(socket_path(value, base)?)),
+        text => text.and_then(|text| text.parse().ok()).map(MetricsAddress::Tcp).ok_or_else(|| {
+            let expected =
+                "an address such as \"127.0.0.1:9464\", or the path of a Unix socket (with a slash in it)";
+            Refusal::expected(expected, value)
+        }),
+    }
+}
+
+fn socket_path(value: &DeValue<'_>, base: &Path) -> Result<PathBuf, Refusal> {
+    let path = path(value, base)?;
+    match path.as_os_str().len() {
+        0..=SOCKET_PATH_BYTES_MAX => Ok(path),
+        bytes => Err(Refusal::new(format!(
+            "the path has {bytes} bytes, and that of a Unix socket at most {SOCKET_PATH_BYTES_MAX}"
+        ))),
     }
 }
 

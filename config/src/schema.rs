@@ -173,6 +173,12 @@ pub const KEYS: &[Key] = &[
     ),
     key("listen", "allow_gids", "Gids that may connect; empty: whoever the mode lets in."),
     key("listen", "max_connections", "Connections open at once, at most."),
+    absent(
+        "listen",
+        "metrics",
+        "\"127.0.0.1:9464\"",
+        "Where Prometheus fetches metrics over HTTP: an address with a port, or the path of a Unix socket (with `mode`).\nWithout it nowhere; `bitnetd metrics` prints them in any case.",
+    ),
     key("log", "format", "\"text\" for people, \"json\" with one object a line."),
     key(
         "log",

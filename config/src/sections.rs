@@ -1,5 +1,6 @@
 //! The types of a validated configuration, one for each section of the file, with their defaults.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -325,6 +326,17 @@ pub struct ListenConfig {
     pub allow_gids: Vec<u32>,
     /// Connections open at once, at most.
     pub max_connections: u32,
+    /// Where Prometheus fetches metrics; nowhere if there is none.
+    pub metrics: Option<MetricsAddress>,
+}
+
+/// `listen.metrics`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsAddress {
+    /// Address and port.
+    Tcp(SocketAddr),
+    /// A Unix socket.
+    Unix(PathBuf),
 }
 
 impl Default for ListenConfig {
@@ -335,6 +347,7 @@ impl Default for ListenConfig {
             allow_uids: Vec::new(),
             allow_gids: Vec::new(),
             max_connections: 1024,
+            metrics: None,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bitnetd_config::{
     AffinityConfig, Choice, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
-    ModelConfig, QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
+    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
 };
 use proptest::prelude::*;
 
@@ -98,6 +98,10 @@ prop_compose! {
                 allow_uids: ids.clone(),
                 allow_gids: ids,
                 max_connections: prefill_chunk,
+                metrics: ctx.map(|ctx| match ctx % 2 {
+                    0 => MetricsAddress::Tcp(([127, 0, 0, 1], 9464).into()),
+                    _ => MetricsAddress::Unix(format!("/run/{ctx}/metrics.sock").into()),
+                }),
             },
             log: LogConfig { format, level: "info,bitnetd_supervisor=debug".into() },
         }

@@ -153,6 +153,17 @@ impl Client {
         self.order(&ClientMessage::Restart { slot })
     }
 
+    /// What the service has counted and measured, as OpenMetrics text.
+    ///
+    /// # Errors
+    /// If the connection fails.
+    pub fn metrics(&mut self) -> Result<String, ClientError> {
+        match self.ask(&ClientMessage::Metrics)? {
+            ServerMessage::Metrics { text } => Ok(text),
+            message => Err(unexpected(&message)),
+        }
+    }
+
     /// Asks the service to read its configuration again.
     ///
     /// # Errors

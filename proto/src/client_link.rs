@@ -84,6 +84,8 @@ pub enum ClientMessage {
     },
     /// Asks for a [`StatusReport`].
     Status,
+    /// Asks for what was counted and measured.
+    Metrics,
     /// Stops taking new jobs, finishes the accepted ones, then exits.
     Drain,
     /// Replaces the worker of one slot; its jobs go on elsewhere.
@@ -177,6 +179,11 @@ pub enum ServerMessage {
     Status {
         /// The report.
         report: Box<StatusReport>,
+    },
+    /// Answer to `Metrics`.
+    Metrics {
+        /// OpenMetrics text, as Prometheus reads it.
+        text: String,
     },
     /// Answer to `Drain`, `Restart` and `Reload`: it was understood and begun.
     Ok,

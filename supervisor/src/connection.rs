@@ -160,7 +160,8 @@ impl Connection {
         let service = self.service.clone();
         let mut stopped = std::pin::pin!(service.stopped());
         let overrun = self.sink.overrun.clone();
-        let mut buffer = vec![0; 16 << 10];
+        // Small: each of thousands of idle connections has one.
+        let mut buffer = vec![0; 4 << 10];
         // What came together with `hello`.
         self.hear_all().await?;
         loop {
@@ -239,6 +240,14 @@ impl Connection {
             }
             ClientMessage::Status => {
                 self.say(&ServerMessage::Status { report: Box::new(self.service.status().await) });
+                return Ok(());
+            }
+            ClientMessage::Metrics => {
+                let answer = match self.service.metrics().await {
+                    Ok(text) => ServerMessage::Metrics { text },
+                    Err(error) => ServerMessage::Error { id: None, error },
+                };
+                self.say(&answer);
                 return Ok(());
             }
             ClientMessage::Drain => {

@@ -23,6 +23,7 @@ use crate::editions::Editions;
 use crate::image::ModelImage;
 use crate::link::WorkerLink;
 use crate::log;
+use crate::metrics::Metrics;
 use crate::notify::{Herald, Notifier};
 use crate::report;
 use crate::service::{JobEvent, ServiceSpec};
@@ -41,6 +42,7 @@ pub(crate) enum Command {
     Submit { new: Submission, sink: JobSink, reply: oneshot::Sender<Result<(JobId, u64), WireError>> },
     Cancel { job: JobId },
     Status { reply: oneshot::Sender<StatusReport> },
+    Metrics { reply: oneshot::Sender<String> },
     Restart { number: u32, reply: oneshot::Sender<Result<(), WireError>> },
     Reload { spec: Box<ServiceSpec>, reply: oneshot::Sender<Result<(), WireError>> },
     Drain,
@@ -79,6 +81,7 @@ pub(crate) struct EventLoop {
     reloads: HashMap<Edition, oneshot::Sender<Result<(), WireError>>>,
     herald: Herald,
     shelf: Shelf,
+    metrics: Metrics,
     started: Instant,
     links: HashMap<SlotId, WorkerLink>,
     sinks: HashMap<JobId, JobSink>,
@@ -113,6 +116,7 @@ impl EventLoop {
             reloads: HashMap::new(),
             herald: Herald::new(notifier),
             shelf,
+            metrics: Metrics::default(),
             started: Instant::now(),
             links: HashMap::new(),
             sinks: HashMap::new(),
@@ -175,6 +179,10 @@ impl EventLoop {
             Command::Status { reply } => {
                 let report = report::status(&self.state, &self.editions, self.now());
                 let _gone = reply.send(report);
+            }
+            Command::Metrics { reply } => {
+                let report = report::status(&self.state, &self.editions, self.now());
+                let _gone = reply.send(self.metrics.render(&report));
             }
             Command::Restart { number, reply } => {
                 let answer = self.restart(number);
@@ -330,6 +338,7 @@ impl EventLoop {
         match spawn(&spec) {
             Ok((child, stream)) => {
                 let pid = child.pid();
+                self.metrics.worker_started();
                 tracing::info!(
                     slot = slot_number(slot),
                     generation,
@@ -382,6 +391,7 @@ impl EventLoop {
     }
 
     fn note(&self, note: &Note) {
+        self.metrics.note(note);
         log::write(note);
     }
 }

@@ -14,8 +14,10 @@ mod image; // The model every worker inherits.
 mod link; // The task of one worker.
 mod listener; // The socket.
 mod log; // What the log says.
+mod metrics; // What is counted and measured.
 mod notify; // What systemd is told.
 mod report; // The state in words of the wire.
+mod scrape; // Metrics over HTTP.
 mod service; // The face to the rest of the program.
 mod shelf; // What systemd keeps for us between two lives.
 mod state; // The state machine.
@@ -24,5 +26,6 @@ pub use activation::{Activation, ActivationError};
 pub use image::{ImageError, ModelSource};
 pub use listener::{ListenError, Listener};
 pub use notify::Notifier;
+pub use scrape::{ScrapeError, ScrapeListener};
 pub use service::{Job, JobEvent, Reloader, Service, ServiceSpec, StartError};
 pub use state::ClientId;

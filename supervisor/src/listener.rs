@@ -35,7 +35,7 @@ const REFUSALS_MAX: usize = 64;
 /// Descriptors that connections may not use up: workers, their start, refusals, logs.
 const DESCRIPTORS_RESERVED: usize = 512;
 /// Wait after `accept` failed for lack of descriptors or memory.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why the socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -178,6 +178,11 @@ impl Listener {
         Ok(Self { socket, path, config: config.clone(), own: None })
     }
 
+    /// The next connection, for a server of another kind.
+    pub(crate) async fn accept_one(&self) -> io::Result<UnixStream> {
+        Ok(self.socket.accept().await?.0)
+    }
+
     /// The path it listens on.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -233,9 +238,8 @@ impl Listener {
             service.stopped().await;
         }
         // Connections still have to pass on the last events of their jobs.
-        let _ended =
-            tokio::time::timeout(connection::CLOSE_TIMEOUT, places.acquire_many(self.config.max_connections))
-                .await;
+        let all = u32::try_from(max_connections).unwrap_or(u32::MAX);
+        let _ended = tokio::time::timeout(connection::CLOSE_TIMEOUT, places.acquire_many(all)).await;
     }
 }
 

@@ -210,6 +210,14 @@ impl Service {
         }
     }
 
+    /// What was counted and measured since the start, as OpenMetrics text.
+    ///
+    /// # Errors
+    /// If the service has stopped.
+    pub async fn metrics(&self) -> Result<String, WireError> {
+        self.ask(|reply| Command::Metrics { reply }).await
+    }
+
     /// Replaces the worker of one slot; its jobs go on elsewhere. Also brings back a slot that was given up.
     ///
     /// # Errors

@@ -30,7 +30,7 @@ mod tests;
 
 pub use events::ClientId;
 pub(crate) use events::{
-    Action, Edition, Event, Generation, JobId, ModelId, NewConfig, Note, SlotId, Standing, StopSignal,
+    Action, Cause, Edition, Event, Generation, JobId, ModelId, NewConfig, Note, SlotId, Standing, StopSignal,
     WorkerExit, WorkerSaid, slot_edition, slot_number,
 };
 use jobs::{JobRecord, NewJob};
@@ -113,6 +113,8 @@ pub(crate) struct State {
     job_seconds: f64,
     /// When the last event came, to notice that the supervisor itself was stopped.
     last_now: Duration,
+    /// When the present event came.
+    now: Duration,
     actions: Vec<Action>,
 }
 
@@ -133,12 +135,14 @@ impl State {
             model: None,
             job_seconds: 1.0,
             last_now: Duration::ZERO,
+            now: Duration::ZERO,
             actions: Vec::new(),
         }
     }
 
     /// Takes in what happened at `now` and gives what to do, in order.
     pub(crate) fn handle(&mut self, event: Event, now: Duration) -> Vec<Action> {
+        self.now = now;
         self.forgive_own_pause(now);
         match event {
             Event::JobSubmitted { job, client, standing, request } => {
@@ -166,7 +170,7 @@ impl State {
             }
             Event::LinkBroke { slot, generation, reason } => {
                 if self.current(slot, generation).is_some_and(|slot| slot.is_serving()) {
-                    self.kill(slot, reason, Then::Backoff);
+                    self.kill(slot, Cause::LinkBroke, reason, Then::Backoff);
                 }
             }
             Event::WorkerExited { slot, generation, exit } => {
@@ -243,7 +247,7 @@ impl State {
         self.abandon_change();
         self.end_all(&WireError::new(ErrorCode::Draining, "the service is stopping"));
         for slot in self.slot_ids() {
-            self.stop_slot(slot, StopSignal::Kill, Duration::ZERO);
+            self.stop_slot(slot, Cause::Stop, StopSignal::Kill, Duration::ZERO);
         }
     }
 
@@ -262,7 +266,7 @@ impl State {
             if self.jobs.is_empty() {
                 self.service = Service::Stopping;
                 for slot in self.slot_ids() {
-                    self.stop_slot(slot, StopSignal::Terminate, now + STOP_GRACE);
+                    self.stop_slot(slot, Cause::Stop, StopSignal::Terminate, now + STOP_GRACE);
                 }
             }
         }

@@ -13,6 +13,7 @@ mod bad_input; // Every wrong input has its words, its hint and its exit code.
 mod batch; // Many prompts: the same answers with any split, resumed after a kill.
 mod daemon; // `serve` and its clients.
 mod deaths; // Workers and supervisors that are killed.
+mod metrics; // What is counted and measured, printed and scraped.
 mod reload; // From one configuration to the next.
 mod run; // One answer.
 mod support; // Start, watch, kill.

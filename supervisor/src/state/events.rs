@@ -204,25 +204,73 @@ impl fmt::Display for WorkerExit {
     }
 }
 
+/// Why a worker's process ended: a short list to count by. The words are in the log and in `last_exit`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Cause {
+    /// By itself, with an exit code.
+    Exited,
+    /// By a signal that was not ours.
+    Signalled,
+    /// The kernel was out of memory.
+    OutOfMemory,
+    /// It said that it cannot start, or could not be started at all.
+    StartFailed,
+    /// Killed: not ready in time.
+    StartTimeout,
+    /// Killed: its step loop did not answer.
+    Watchdog,
+    /// Killed: its link broke, or it did not read it.
+    LinkBroke,
+    /// Killed: it said what cannot be.
+    Misbehaved,
+    /// At an operator's wish.
+    Operator,
+    /// Its configuration holds no more.
+    Reload,
+    /// The service stops.
+    Stop,
+}
+
+impl Cause {
+    /// As in metrics and logs.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Exited => "exited",
+            Self::Signalled => "signalled",
+            Self::OutOfMemory => "out_of_memory",
+            Self::StartFailed => "start_failed",
+            Self::StartTimeout => "start_timeout",
+            Self::Watchdog => "watchdog",
+            Self::LinkBroke => "link_broke",
+            Self::Misbehaved => "misbehaved",
+            Self::Operator => "operator",
+            Self::Reload => "reload",
+            Self::Stop => "stop",
+        }
+    }
+}
+
 /// What the log is told; `event_loop.rs` chooses level and words.
 #[derive(Clone, Debug)]
 pub(crate) enum Note {
     /// A worker can take jobs.
-    WorkerReady { slot: SlotId, load_s: f64 },
+    WorkerReady { slot: SlotId, pid: Option<u32>, load_s: f64 },
     /// A worker's process ended.
-    WorkerExited { slot: SlotId, exit: WorkerExit, n_jobs: usize, is_expected: bool },
+    WorkerExited { slot: SlotId, pid: Option<u32>, exit: WorkerExit, cause: Cause, n_jobs: usize },
     /// A worker is killed, and why.
-    WorkerKilled { slot: SlotId, reason: String, n_jobs: usize },
+    WorkerKilled { slot: SlotId, pid: Option<u32>, cause: Cause, reason: String, n_jobs: usize },
     /// A slot waits before its next process.
-    RestartScheduled { slot: SlotId, wait: Duration },
+    RestartScheduled { slot: SlotId, cause: Cause, wait: Duration },
     /// A slot is given up.
     SlotFailed { slot: SlotId, error: WireError },
-    /// A job was given to a worker.
-    JobDispatched { job: JobId, slot: SlotId, resumed_at: usize },
+    /// A job was given to a worker; `waited` since it was accepted, if it is its first.
+    JobDispatched { job: JobId, slot: SlotId, resumed_at: usize, waited: Option<Duration> },
     /// A job lost its worker and waits for another.
     JobFailedOver { job: JobId, slot: SlotId, n_delivered: usize },
-    /// A job ended.
-    JobEnded { job: JobId, error: Option<WireError> },
+    /// A token came: so long after the one before, or after the job was accepted if it is the first.
+    TokenCame { is_first: bool, is_first_after_move: bool, after: Duration },
+    /// A job ended, so long after it was accepted.
+    JobEnded { job: JobId, error: Option<WireError>, n_tokens: usize, after: Duration },
     /// A job was refused.
     JobRefused { client: ClientId, error: WireError },
     /// A new configuration holds.

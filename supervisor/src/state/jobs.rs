@@ -8,7 +8,7 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::request::{GenerateRequest, Prompt};
 
-use super::events::{Action, ClientId, JobId, ModelId, Note, SlotId, Standing, slot_number};
+use super::events::{Action, Cause, ClientId, JobId, ModelId, Note, SlotId, Standing, slot_number};
 use super::queue::Pool;
 use super::slots::{Role, Then};
 use super::{Service, Slot, State};
@@ -313,6 +313,7 @@ impl State {
         record.place = Place::OnSlot(slot);
         record.is_prefilling = true;
         record.dispatches += 1;
+        let waited = record.first_dispatch_at.is_none().then(|| now.saturating_sub(record.accepted_at));
         record.first_dispatch_at.get_or_insert(now);
         if record.dispatches > 1 {
             self.totals.failovers += 1;
@@ -321,7 +322,7 @@ impl State {
         let Some(of) = self.slot_mut(slot) else { return };
         of.jobs.insert(job);
         let generation = of.generation;
-        self.note(Note::JobDispatched { job, slot, resumed_at: resume.len() });
+        self.note(Note::JobDispatched { job, slot, resumed_at: resume.len(), waited });
         self.actions.push(Action::SendJob { slot, generation, job, request, resume });
     }
 
@@ -335,15 +336,22 @@ impl State {
         let expected = record.delivered.len();
         if usize::try_from(token.index) != Ok(expected) || expected >= record.request.max_tokens as usize {
             let reason = format!("it sent token {} of job {job} instead of {expected}", token.index);
-            self.kill(slot, reason, Then::Backoff);
+            self.kill(slot, Cause::Misbehaved, reason, Then::Backoff);
             return;
         }
         record.delivered.push(token.id);
         record.deaths_in_row = 0;
-        record.is_prefilling = false;
+        let was_prefilling = std::mem::replace(&mut record.is_prefilling, false);
+        let is_first = record.first_token_at.is_none();
+        let came = Note::TokenCame {
+            is_first,
+            is_first_after_move: !is_first && was_prefilling,
+            after: now.saturating_sub(record.last_token_at.unwrap_or(record.accepted_at)),
+        };
         record.first_token_at.get_or_insert(now);
         record.last_token_at = Some(now);
         self.totals.tokens += 1;
+        self.note(came);
         if let Some(of) = self.slot_mut(slot).filter(|of| of.alone == Some(job)) {
             of.alone = None;
         }
@@ -483,7 +491,12 @@ impl State {
         if let Some(at) = record.deadline {
             self.deadlines.remove(&(at, job));
         }
-        self.note(Note::JobEnded { job, error: outcome.as_ref().err().cloned() });
+        self.note(Note::JobEnded {
+            job,
+            error: outcome.as_ref().err().cloned(),
+            n_tokens: record.delivered.len(),
+            after: self.now.saturating_sub(record.accepted_at),
+        });
         self.actions.push(Action::End { job, outcome });
     }
 }

@@ -18,7 +18,7 @@ use std::time::Duration;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 
-use super::events::{Action, Edition, ModelId, NewConfig, Note, SlotId, StopSignal, slot_id};
+use super::events::{Action, Cause, Edition, ModelId, NewConfig, Note, SlotId, StopSignal, slot_id};
 use super::slots::{Role, Slot, Then};
 use super::{STOP_GRACE, Service, State};
 
@@ -140,7 +140,7 @@ impl State {
             if let Some(of) = self.slot_mut(slot) {
                 of.role = Role::Leaving;
             }
-            self.stop_slot(slot, StopSignal::Kill, Duration::ZERO);
+            self.stop_slot(slot, Cause::Stop, StopSignal::Kill, Duration::ZERO);
             self.refuse_change(
                 config.edition,
                 WireError::new(ErrorCode::Draining, "the service is stopping"),
@@ -215,7 +215,7 @@ impl State {
             of.role = Role::Leaving;
         }
         self.note(Note::WorkerRetired { slot, n_jobs });
-        self.stop_slot(slot, StopSignal::Terminate, now + STOP_GRACE);
+        self.stop_slot(slot, Cause::Reload, StopSignal::Terminate, now + STOP_GRACE);
     }
 }
 

@@ -9,7 +9,7 @@ use bitnetd_proto::handshake::check_version;
 use bitnetd_proto::worker_link::WorkerLoad;
 
 use super::events::{
-    Action, Generation, JobId, ModelId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid, slot_number,
+    Action, Cause, Generation, JobId, ModelId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid, slot_number,
 };
 use super::{Policy, Service, State};
 use crate::backoff::RestartHistory;
@@ -101,8 +101,8 @@ pub(crate) struct Slot {
     pub(super) was_ready: bool,
     pub(crate) load: WorkerLoad,
     pub(crate) last_exit: Option<String>,
-    /// Why we killed it, if we did.
-    kill_reason: Option<String>,
+    /// Why we ended it, if we did: to count, and in words if there are any.
+    ended_for: Option<(Cause, Option<String>)>,
 }
 
 impl Slot {
@@ -123,7 +123,7 @@ impl Slot {
             was_ready: false,
             load: WorkerLoad::default(),
             last_exit: None,
-            kill_reason: None,
+            ended_for: None,
         }
     }
 
@@ -226,13 +226,18 @@ impl State {
             WorkerSaid::Ready { version, model, load_s } if !is_ready => {
                 if let Err(error) = check_version("the worker", version) {
                     let reason = error.message.clone();
-                    self.kill(slot, reason, Then::Fail { error, exit_code: ExitCode::Software });
+                    self.kill(
+                        slot,
+                        Cause::Misbehaved,
+                        reason,
+                        Then::Fail { error, exit_code: ExitCode::Software },
+                    );
                     return;
                 }
                 of.phase = Phase::Ready { watch: Watch { seq: 0, asked_at: None, ask_at: now } };
                 of.was_ready = true;
-                let (role, of_model) = (of.role, of.model);
-                self.note(Note::WorkerReady { slot, load_s });
+                let (role, of_model, pid) = (of.role, of.model, of.pid);
+                self.note(Note::WorkerReady { slot, pid, load_s });
                 if role == Role::Trial {
                     self.commit_change(now);
                 }
@@ -252,18 +257,21 @@ impl State {
                     of.pong(seq, load, now, &policy);
                 }
             }
-            _ => self.kill(slot, "it sent a message that does not fit its state".into(), Then::Backoff),
+            _ => {
+                let reason = "it sent a message that does not fit its state".into();
+                self.kill(slot, Cause::Misbehaved, reason, Then::Backoff);
+            }
         }
     }
 
     /// Kills a serving process; its jobs go on elsewhere.
-    pub(super) fn kill(&mut self, slot: SlotId, reason: String, then: Then) {
+    pub(super) fn kill(&mut self, slot: SlotId, cause: Cause, reason: String, then: Then) {
         let n_jobs = self.abandon_jobs(slot, true);
         let Some(of) = self.slot_mut(slot) else { return };
         of.phase = Phase::Stopping { then, kill_at: None };
-        of.kill_reason = Some(reason.clone());
-        let generation = of.generation;
-        self.note(Note::WorkerKilled { slot, reason, n_jobs });
+        of.ended_for = Some((cause, Some(reason.clone())));
+        let (generation, pid) = (of.generation, of.pid);
+        self.note(Note::WorkerKilled { slot, pid, cause, reason, n_jobs });
         self.actions.push(Action::Signal { slot, generation, signal: StopSignal::Kill });
     }
 
@@ -271,17 +279,20 @@ impl State {
     pub(super) fn process_is_gone(&mut self, slot: SlotId, exit: Option<WorkerExit>, now: Duration) {
         let n_jobs = self.abandon_jobs(slot, true);
         let is_stopping = self.service == Service::Stopping;
-        if let Some(exit) = &exit {
-            let is_expected =
-                self.slot_mut(slot).is_some_and(|of| matches!(of.phase, Phase::Stopping { .. }));
-            self.note(Note::WorkerExited { slot, exit: exit.clone(), n_jobs, is_expected });
-        }
         let Some(of) = self.slot_mut(slot) else { return };
-        let kill_reason = of.kill_reason.take();
+        let ended_for = of.ended_for.take();
         let start_failure = of.start_failure.take();
-        of.pid = None;
+        let pid = of.pid.take();
+        let cause = match (&ended_for, &exit) {
+            (_, Some(exit)) if exit.is_out_of_memory => Cause::OutOfMemory,
+            (Some((cause, _)), _) => *cause,
+            (None, _) if start_failure.is_some() => Cause::StartFailed,
+            (None, Some(WorkerExit { code: None, .. })) => Cause::Signalled,
+            (None, _) => Cause::Exited,
+        };
+        let reason = ended_for.and_then(|(_, reason)| reason);
         of.load = WorkerLoad::default();
-        of.last_exit = match (&exit, &kill_reason, &start_failure) {
+        of.last_exit = match (&exit, &reason, &start_failure) {
             (_, Some(reason), _) => Some(format!("killed: {reason}")),
             (_, None, Some((error, _))) => Some(error.message.clone()),
             (Some(exit), None, None) => Some(exit.to_string()),
@@ -291,27 +302,33 @@ impl State {
             Phase::Stopping { then, .. } => then,
             _ => after_own_end(slot, exit.as_ref(), start_failure.clone()),
         };
-        if of.role == Role::Trial {
-            let how = of.last_exit.clone().unwrap_or_default();
+        let (role, how) = (of.role, of.last_exit.clone().unwrap_or_default());
+        if let Some(exit) = exit {
+            self.note(Note::WorkerExited { slot, pid, exit, cause, n_jobs });
+        }
+        if role == Role::Trial {
             self.trial_failed(slot, then, start_failure, &how);
             return;
         }
         match then {
             _ if is_stopping => {}
             Then::Stop => {}
-            Then::Restart => self.spawn(slot, now),
+            Then::Restart => {
+                self.note(Note::RestartScheduled { slot, cause, wait: Duration::ZERO });
+                self.spawn(slot, now);
+            }
             Then::Fail { error, exit_code } => self.fail_slot(slot, error, exit_code),
-            Then::Backoff => self.schedule_restart(slot, now),
+            Then::Backoff => self.schedule_restart(slot, cause, now),
         }
     }
 
-    fn schedule_restart(&mut self, slot: SlotId, now: Duration) {
+    fn schedule_restart(&mut self, slot: SlotId, cause: Cause, now: Duration) {
         let config = self.policy.restart.clone();
         let Self { slots, jitter, .. } = self;
         let Some(of) = slots.iter_mut().find(|of| of.id == slot) else { return };
         if let Some(wait) = of.history.next_wait(now, &config, jitter) {
             of.phase = Phase::Backoff { until: now + wait };
-            self.note(Note::RestartScheduled { slot, wait });
+            self.note(Note::RestartScheduled { slot, cause, wait });
             return;
         }
         let last = of.last_exit.clone().unwrap_or_default();
@@ -358,7 +375,7 @@ impl State {
         match &mut of.phase {
             Phase::Starting { .. } | Phase::Ready { .. } => {
                 of.phase = Phase::Stopping { then: Then::Restart, kill_at: Some(now + super::STOP_GRACE) };
-                of.kill_reason = Some("restarted by an operator".into());
+                of.ended_for = Some((Cause::Operator, Some("restarted by an operator".into())));
                 let signal = StopSignal::Terminate;
                 self.actions.push(Action::Signal { slot, generation, signal });
             }
@@ -368,13 +385,14 @@ impl State {
     }
 
     /// Ends the process of a slot for good. No job is on board.
-    pub(super) fn stop_slot(&mut self, slot: SlotId, signal: StopSignal, kill_at: Duration) {
+    pub(super) fn stop_slot(&mut self, slot: SlotId, cause: Cause, signal: StopSignal, kill_at: Duration) {
         let Some(of) = self.slot_mut(slot) else { return };
         if !of.is_live() {
             of.phase = Phase::Stopped;
             return;
         }
         let kill_at = (signal == StopSignal::Terminate).then_some(kill_at);
+        of.ended_for.get_or_insert((cause, None));
         of.phase = Phase::Stopping { then: Then::Stop, kill_at };
         let generation = of.generation;
         self.actions.push(Action::Signal { slot, generation, signal });
@@ -395,12 +413,13 @@ impl State {
         match &mut of.phase {
             Phase::Backoff { until } if *until <= now => self.spawn(slot, now),
             Phase::Starting { until } if *until <= now => {
-                self.kill(slot, format!("not ready after {start_timeout:?}"), Then::Backoff);
+                let cause = Cause::StartTimeout;
+                self.kill(slot, cause, format!("not ready after {start_timeout:?}"), Then::Backoff);
             }
             Phase::Ready { watch } => match watch.asked_at {
                 Some(asked_at) if asked_at + watchdog.timeout <= now => {
                     let reason = format!("its step loop did not answer for {:?}", watchdog.timeout);
-                    self.kill(slot, reason, Then::Backoff);
+                    self.kill(slot, Cause::Watchdog, reason, Then::Backoff);
                 }
                 None if watch.ask_at <= now => {
                     watch.seq += 1;

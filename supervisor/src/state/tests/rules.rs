@@ -72,7 +72,7 @@ fn a_poison_job_is_given_up_and_its_neighbours_live() {
     assert!(world.open.is_empty());
     assert_eq!((world.state.totals.completed, world.state.totals.failed), (2, 1));
     let poisoned = world.notes.iter().any(|note| {
-        matches!(note, Note::JobEnded { job, error: Some(error) } if *job == poison && error.code == ErrorCode::Poisoned)
+        matches!(note, Note::JobEnded { job, error: Some(error), .. } if *job == poison && error.code == ErrorCode::Poisoned)
     });
     assert!(poisoned && neighbours.iter().all(|job| !world.open.contains_key(job)));
 }
