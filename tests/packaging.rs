@@ -95,12 +95,10 @@ fn with_units() -> tempfile::TempDir {
             fs::copy(entry.path(), ours.join(entry.file_name())).unwrap();
         }
     }
-    for program in ["usr/bin/bitnetd", "bin/kill"] {
-        let path = folder.path().join(program);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, "#!/bin/sh\n").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    }
+    let program = folder.path().join("usr/bin/bitnetd");
+    fs::create_dir_all(program.parent().unwrap()).unwrap();
+    fs::write(&program, "#!/bin/sh\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     folder
 }
 

@@ -61,7 +61,7 @@ impl Notifier {
     pub fn reloading(&self) {
         // `Type=notify-reload` insists on the time.
         if let Ok(now) = NotifyState::monotonic_usec_now() {
-            self.send(&[NotifyState::Reloading, now, NotifyState::Status("reading the configuration again")]);
+            self.send(&[NotifyState::Reloading, now]);
         }
     }
 

@@ -184,6 +184,29 @@ fn ready_is_said_when_enough_workers_are() {
 }
 
 #[test]
+fn a_reload_is_announced_with_its_time_and_ends_whatever_comes_of_it() {
+    let folder = Folder::new();
+    let manager = Manager::new(&folder);
+    folder.write("b.toml", "[split]\nworkers = 1\nthreads = 1\n");
+    let mut command = folder.command("serve --socket %/b.sock -c b.toml");
+    let child = command.env("NOTIFY_SOCKET", folder.path("notify")).stderr(Stdio::null()).spawn().unwrap();
+    let daemon = Activated { child };
+    manager.hear_until("READY=1");
+    for (text, after) in [("[split]\nworkers = 2\nthreads = 1\n", 2), ("nonsense = 1\n", 2)] {
+        folder.write("b.toml", text);
+        send(daemon.child.id(), Signal::SIGHUP);
+        let announced = manager.hear_until("RELOADING=1");
+        let time: u64 = field(announced.last().unwrap(), "MONOTONIC_USEC").unwrap().parse().unwrap();
+        assert!(time > 0);
+        manager.hear_until("READY=1");
+        wait_for("so many workers", || {
+            let slots = connect(&folder.path("b.sock")).status().unwrap().slots;
+            (slots.len() == after && slots.iter().all(|slot| slot.state == "ready")).then_some(())
+        });
+    }
+}
+
+#[test]
 fn a_notification_socket_that_is_gone_stops_nobody() {
     let folder = Folder::new();
     let mut command = folder.command("serve --socket %/b.sock --workers 1 --threads 1");

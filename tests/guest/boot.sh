@@ -37,11 +37,11 @@ if [ "$nodes" -gt 1 ]; then
         numa+=(-object "memory-backend-ram,id=m$node,size=$((memory / nodes))M" -numa "node,nodeid=$node,memdev=m$node,cpus=$first-$last")
     done
 fi
-# Nested KVM may refuse to set the architecture's capabilities; KVM of the PVM kind runs only kernels made for it.
-accel=(-accel kvm -cpu host,arch-capabilities=off)
+# Nested KVM may refuse to set the architecture capabilities; AMD needs topoext for two threads on a core; KVM of the PVM kind runs only kernels made for it.
+accel=(-accel kvm -cpu host,arch-capabilities=off,topoext=on)
 if [ ! -w /dev/kvm ] || [ -d /sys/module/kvm_pvm ]; then
     echo "no KVM for ordinary kernels here: this will be slow" >&2
-    accel=(-accel tcg,thread=multi -cpu max)
+    accel=(-accel tcg,thread=multi -cpu max,vendor=GenuineIntel) # Whose threads of a core need no further word.
 fi
 
 # What the payload says comes over a virtio console, the kernel's talk over a serial one.
@@ -53,7 +53,7 @@ timeout "$limit" qemu-system-x86_64 -nodefaults -no-user-config -display none -m
     -drive "file=$work/payload.tar,if=virtio,format=raw,readonly=on" \
     -serial "file:$work/console" \
     -device virtio-serial-pci -chardev stdio,id=out,signal=off -device virtconsole,chardev=out </dev/null |
-    tr -d '\r' | tee "$work/said" | grep --line-buffered -v '^guest-exit ' || true
+    sed -u 's|\r$||' | tee "$work/said" | grep --line-buffered -v '^guest-exit ' || true
 
 code=$(sed -n 's/^guest-exit //p' "$work/said" | tail -1)
 if [ -z "$code" ]; then

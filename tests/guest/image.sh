@@ -11,7 +11,7 @@ suite=${1:-bookworm}
 mirror=${BITNETD_GUEST_MIRROR:-http://deb.debian.org/debian}
 cache=${BITNETD_GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bitnetd-guest}
 here=$cache/$suite
-recipe=1 # Raise it when something below changes: images of another recipe are made anew.
+recipe=2 # Raise it when something below changes: images of another recipe are made anew.
 
 if [ "$(cat "$here/recipe" 2>/dev/null)" = "$recipe" ]; then
     echo "$here"
@@ -26,7 +26,7 @@ rm -rf "$here"
 mkdir -p "$here"
 root=$here/root
 debootstrap --variant=minbase \
-    --include=systemd,systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs-tools,procps,kmod,util-linux,numactl \
+    --include=systemd,systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs-tools,procps,kmod,util-linux,jq \
     "$suite" "$root" "$mirror" >"$here/log" 2>&1 || { tail -20 "$here/log" >&2; exit 75; }
 
 echo bitnetd-guest >"$root/etc/hostname"
@@ -58,7 +58,7 @@ WantedBy=default.target
 UNIT
 mkdir -p "$root/etc/systemd/system/default.target.wants"
 ln -s ../guest-run.service "$root/etc/systemd/system/default.target.wants/"
-rm -f "$root/etc/systemd/system/getty.target.wants/"* "$root/var/cache/apt/archives/"*.deb
+rm -rf "$root/etc/systemd/system/getty.target.wants" "$root/var/cache/apt/archives/"*.deb
 
 cp "$root"/boot/vmlinuz-* "$here/vmlinuz"
 cp "$root"/boot/initrd.img-* "$here/initrd"
