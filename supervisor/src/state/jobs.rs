@@ -1,6 +1,7 @@
 //! Jobs: admission, routing, tokens, fail-over, and the one end that each has.
 
 use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::request::{GenerateRequest, Prompt};
 
 use super::events::{Action, Cause, ClientId, JobId, ModelId, Note, SlotId, Standing, slot_number};
+use super::prefixes::Prefixes;
 use super::queue::Pool;
 use super::slots::{Role, Then};
 use super::{Service, Slot, State};
@@ -56,6 +58,8 @@ pub(super) struct JobRecord {
     dispatches: u32,
     /// No token has come since it was given to its present worker: the prompt is still to be paid for.
     is_prefilling: bool,
+    /// Tokens of the prompt that its present worker most likely had already.
+    cached_tokens_guess: u64,
     accepted_at: Duration,
     first_dispatch_at: Option<Duration>,
     first_token_at: Option<Duration>,
@@ -86,7 +90,8 @@ impl JobRecord {
         let delivered = self.delivered.len() as u64;
         let to_come = u64::from(self.request.max_tokens).saturating_sub(delivered);
         if self.is_prefilling {
-            to_come + delivered + prompt_tokens_guess(&self.request.prompt)
+            let prompt = prompt_tokens_guess(&self.request.prompt);
+            to_come + delivered + prompt.saturating_sub(self.cached_tokens_guess)
         } else {
             to_come
         }
@@ -150,6 +155,7 @@ impl State {
             deaths,
             dispatches: 0,
             is_prefilling: true,
+            cached_tokens_guess: 0,
             accepted_at: now,
             first_dispatch_at: None,
             first_token_at: None,
@@ -242,14 +248,15 @@ impl State {
 
     fn dispatch_model(&mut self, model: ModelId, now: Duration) {
         let held = self.dispatch_suspects(model, now);
-        while let Some(slot) = self.least_loaded_slot(model, held) {
+        let anywhere = |_: &Slot| true;
+        while self.has_room((model, held), anywhere) {
             let Some(pool) = self.pools.get_mut(&model) else { return };
             if let Some((_, job)) = pool.resumed.pop_first() {
-                self.place(job, slot, now);
+                self.place_best(job, (model, held), anywhere, now);
             } else if pool.durable_has_its_turn() && self.dispatch_durable(model, held, now) {
                 self.pools.entry(model).or_default().n_overtaken = 0;
             } else if let Some(job) = self.pools.get_mut(&model).and_then(Pool::pop_waiting) {
-                self.place(job, slot, now);
+                self.place_best(job, (model, held), anywhere, now);
             } else {
                 return;
             }
@@ -260,10 +267,15 @@ impl State {
     fn dispatch_durable(&mut self, model: ModelId, held: Option<SlotId>, now: Duration) -> bool {
         let n_max = self.policy.queue.durable.per_worker.clamp(1, self.policy.max_batch.max(1)) as usize;
         let is_durable = |job: &JobId| self.jobs.get(job).is_some_and(|record| record.is_durable);
-        let has_room = |slot: &Slot| slot.jobs.iter().filter(|job| is_durable(job)).count() < n_max;
-        let Some(slot) = self.least_loaded_of(model, held, has_room) else { return false };
+        let is_full = |slot: &Slot| slot.jobs.iter().filter(|job| is_durable(job)).count() >= n_max;
+        let full: BTreeSet<SlotId> =
+            self.slots.iter().filter(|slot| is_full(slot)).map(|slot| slot.id).collect();
+        let has_room = |slot: &Slot| !full.contains(&slot.id);
+        if !self.has_room((model, held), has_room) {
+            return false;
+        }
         let Some(job) = self.pools.get_mut(&model).and_then(|pool| pool.durable.pop()) else { return false };
-        self.place(job, slot, now);
+        self.place_best(job, (model, held), has_room, now);
         true
     }
 
@@ -285,23 +297,51 @@ impl State {
         None
     }
 
-    fn least_loaded_slot(&self, model: ModelId, held: Option<SlotId>) -> Option<SlotId> {
-        self.least_loaded_of(model, held, |_| true)
-    }
-
-    fn least_loaded_of(
+    /// The slots that can take a job of a model now.
+    fn open_slots(
         &self,
-        model: ModelId,
-        held: Option<SlotId>,
+        (model, held): (ModelId, Option<SlotId>),
         may: impl Fn(&Slot) -> bool,
-    ) -> Option<SlotId> {
+    ) -> impl Iterator<Item = &Slot> {
         self.slots
             .iter()
-            .filter(|slot| slot.takes_jobs(model) && slot.alone.is_none() && Some(slot.id) != held)
-            .filter(|slot| slot.jobs.len() < slot.max_batch.max(1) as usize && may(slot))
+            .filter(move |slot| slot.takes_jobs(model) && slot.alone.is_none() && Some(slot.id) != held)
+            .filter(move |slot| slot.jobs.len() < slot.max_batch.max(1) as usize && may(slot))
+    }
+
+    fn has_room(&self, among: (ModelId, Option<SlotId>), may: impl Fn(&Slot) -> bool) -> bool {
+        self.open_slots(among, may).next().is_some()
+    }
+
+    /// Gives a job to the worker that would then have the least to do. What a worker has read before is no work, so
+    /// that a prompt goes to who knows the longest part of it, unless that one is busier by more than it saves.
+    fn place_best(
+        &mut self,
+        job: JobId,
+        among: (ModelId, Option<SlotId>),
+        may: impl Fn(&Slot) -> bool,
+        now: Duration,
+    ) {
+        let Some(record) = self.jobs.get(&job) else { return };
+        let prompt_tokens = prompt_tokens_guess(&record.request.prompt);
+        // With one worker there is nothing to choose.
+        let prefixes =
+            (self.slots.len() > 1).then(|| Prefixes::of(&record.request.prompt)).unwrap_or_default();
+        let cost = |slot: &Slot| {
+            let cached = slot.seen.n_tokens(&prefixes).min(prompt_tokens);
+            let work = self.outstanding_tokens(slot) + prompt_tokens - cached;
             // What goes to a worker that is to be replaced has to move soon.
-            .min_by_key(|slot| (slot.role == Role::Retiring, self.outstanding_tokens(slot), slot.id))
-            .map(|slot| slot.id)
+            (slot.role == Role::Retiring, work, Reverse(cached), slot.id)
+        };
+        let best = self.open_slots(among, may).map(cost).min();
+        let Some((_, _, Reverse(cached), slot)) = best else { return };
+        if let Some(record) = self.jobs.get_mut(&job) {
+            record.cached_tokens_guess = cached;
+        }
+        self.place(job, slot, now);
+        if let Some(of) = self.slot_mut(slot) {
+            of.seen.remember(&prefixes);
+        }
     }
 
     fn outstanding_tokens(&self, slot: &Slot) -> u64 {
@@ -379,6 +419,7 @@ impl State {
         let Some(of) = self.slot_mut(slot) else { return 0 };
         let jobs = std::mem::take(&mut of.jobs);
         of.alone = None;
+        of.seen.clear();
         for &job in &jobs {
             self.abandon(job, slot, is_death);
         }

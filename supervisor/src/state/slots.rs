@@ -11,6 +11,7 @@ use bitnetd_proto::worker_link::WorkerLoad;
 use super::events::{
     Action, Cause, Generation, JobId, ModelId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid, slot_number,
 };
+use super::prefixes::SeenPrefixes;
 use super::{Policy, Service, State};
 use crate::backoff::RestartHistory;
 
@@ -93,6 +94,8 @@ pub(crate) struct Slot {
     pub(super) jobs: BTreeSet<JobId>,
     /// A suspect job that has this worker to itself.
     pub(super) alone: Option<JobId>,
+    /// What its process has read; empty if there is none.
+    pub(super) seen: SeenPrefixes,
     pub(crate) restarts: u64,
     history: RestartHistory,
     /// Why the process said it cannot start.
@@ -117,6 +120,7 @@ impl Slot {
             pid: None,
             jobs: BTreeSet::new(),
             alone: None,
+            seen: SeenPrefixes::default(),
             restarts: 0,
             history: RestartHistory::default(),
             start_failure: None,
@@ -387,6 +391,7 @@ impl State {
     /// Ends the process of a slot for good. No job is on board.
     pub(super) fn stop_slot(&mut self, slot: SlotId, cause: Cause, signal: StopSignal, kill_at: Duration) {
         let Some(of) = self.slot_mut(slot) else { return };
+        of.seen.clear();
         if !of.is_live() {
             of.phase = Phase::Stopped;
             return;

@@ -217,6 +217,11 @@ impl World {
             assert_eq!(slot.is_live(), self.processes.contains_key(&slot.id), "slot {}", slot.id);
             assert!(slot.jobs.len() <= slot.max_batch as usize);
             assert!(slot.jobs.iter().all(|job| self.models[job] == slot.model));
+            let n_seen = slot.seen.len();
+            assert!(
+                n_seen <= 2 * prefixes::REMEMBERED_MAX && (n_seen == 0 || slot.is_ready()),
+                "{n_seen} seen"
+            );
         }
         assert!(state.next_deadline().is_none_or(|at| at > self.now), "a deadline was not kept");
         let n_retiring = state.slots.iter().filter(|slot| slot.role == Role::Retiring).count();
@@ -361,7 +366,10 @@ fn step() -> impl Strategy<Value = Step> {
 fn take(world: &mut World, step: Step) {
     match step {
         Step::Submit { client, max_tokens, priority, deadline_ms } => {
-            world.submit(client, GenerateRequest { priority, deadline_ms, ..request(max_tokens) });
+            // Prompts with long beginnings in common.
+            let prompt =
+                Prompt::Text(format!("{}{client}", "system prompt ".repeat(20 * max_tokens as usize)));
+            world.submit(client, GenerateRequest { priority, deadline_ms, prompt, ..request(max_tokens) });
         }
         Step::SubmitDurable { client, max_tokens, deaths } => {
             world.submit_as(Standing::Durable { deaths }, client, request(max_tokens));

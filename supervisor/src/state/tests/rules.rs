@@ -51,6 +51,57 @@ fn jobs_go_where_the_fewest_tokens_are_outstanding() {
     assert_eq!([long, short, next].map(|job| slot_of(&world, job)), [Some(0), Some(1), Some(1)]);
 }
 
+fn with_prompt(prompt: &str, max_tokens: u32) -> GenerateRequest {
+    GenerateRequest { prompt: Prompt::Text(prompt.into()), ..request(max_tokens) }
+}
+
+#[test]
+fn a_prompt_goes_where_its_beginning_is_known() {
+    let mut world = World::ready(Policy { max_batch: 8, ..policy() }, 3);
+    let (fables, laws) = ("Tell a fable. ".repeat(100), "Explain a law. ".repeat(100));
+    let first = [fables.clone(), laws.clone()].map(|prompt| world.submit(1, with_prompt(&prompt, 1)));
+    assert_eq!(first.map(|job| slot_of(&world, job)), [Some(0), Some(1)]);
+    for slot in [0, 1] {
+        world.say_token(slot, 0);
+        world.say_token(slot, 0);
+    }
+    assert!(world.open.is_empty());
+    // All are idle; without knowing the beginnings both would go to slot 0.
+    let law = world.submit(1, with_prompt(&format!("{laws}Of nature."), 10));
+    assert_eq!(slot_of(&world, law), Some(1));
+    let fable = world.submit(1, with_prompt(&format!("{fables}Of a fox."), 10));
+    assert_eq!(slot_of(&world, fable), Some(0));
+    let other = world.submit(1, with_prompt("Something else", 10));
+    assert_eq!(slot_of(&world, other), Some(2), "the one with the least to do");
+}
+
+#[test]
+fn a_worker_that_is_much_busier_does_not_get_a_prompt_for_knowing_it() {
+    let mut world = World::ready(Policy { max_batch: 8, ..policy() }, 2);
+    let prompt = "Tell a fable. ".repeat(100); // About 350 tokens.
+    assert_eq!(world.submit(1, with_prompt(&prompt, 1)), 1);
+    world.say_token(0, 0);
+    world.say_token(0, 0);
+    world.submit(1, request(200));
+    world.submit(1, request(2));
+    let busy = world.submit(1, with_prompt(&prompt, 1));
+    assert_eq!(slot_of(&world, busy), Some(0), "200 tokens more than the other are fewer than the prompt's");
+    world.submit(1, request(1000));
+    let (n_before, n_other) = (world.processes[&0].jobs.len(), world.processes[&1].jobs.len());
+    assert_eq!((n_before, n_other), (2, 2));
+    let mut world = World::ready(Policy { max_batch: 8, ..policy() }, 2);
+    world.submit(1, with_prompt(&prompt, 1));
+    world.say_token(0, 0);
+    world.say_token(0, 0);
+    world.submit(1, request(900));
+    let elsewhere = world.submit(1, with_prompt(&prompt, 1));
+    assert_eq!(slot_of(&world, elsewhere), Some(1));
+    // Now both know it.
+    world.die(0, exit(None, Some(9)));
+    let again = world.submit(1, with_prompt(&prompt, 1));
+    assert_eq!(slot_of(&world, again), Some(1), "what a dead worker knew is gone");
+}
+
 #[test]
 fn a_poison_job_is_given_up_and_its_neighbours_live() {
     let mut world = World::ready(Policy { max_batch: 4, ..policy() }, 1);
