@@ -242,6 +242,9 @@ mod tests {
             image_bytes: 4_200_000,
             kv_bytes: 0,
             has_chat_template: false,
+            step_bytes: 1,
+            token_macs: 1,
+            head_macs: 1,
         };
         let report = StatusReport {
             server: "bitnetd/0.1.0".into(),

@@ -1,8 +1,9 @@
 //! A service inside this process, for `run` and `batch`: the daemon's supervisor without its socket.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use bitnetd_config::{Config, ISAS, SplitConfig};
+use bitnetd_config::{Config, ISAS, SPECULATIONS, SplitConfig};
 use bitnetd_placement::{Limits, Machine, Plan};
 use bitnetd_proto::request::GenerateRequest;
 use bitnetd_proto::worker_link::ModelSummary;
@@ -36,6 +37,10 @@ pub(crate) struct ModelArgs {
     /// Instruction set of the kernels; the answer is the same with each
     #[arg(long, value_name = "NAME", default_value = "auto", value_parser = PossibleValuesParser::new(ISAS))]
     isa: String,
+    /// Guess tokens from the text so far and check several in one step, where it pays [default: auto]; the answer is the
+    /// same
+    #[arg(long, value_name = "WHEN", value_parser = PossibleValuesParser::new(SPECULATIONS))]
+    pub speculation: Option<String>,
 }
 
 impl ModelArgs {
@@ -49,6 +54,9 @@ impl ModelArgs {
         config.engine.ctx = self.ctx_size;
         config.engine.prefill_chunk = self.batch_size;
         config.engine.isa.clone_from(&self.isa);
+        if let Some(speculation) = &self.speculation {
+            config.engine.speculation.clone_from(speculation);
+        }
         Ok(())
     }
 }
@@ -76,9 +84,20 @@ pub(crate) fn service_spec(config: Config) -> Result<ServiceSpec, CliError> {
         plan,
         model,
         worker_program: WORKER_PROGRAM.into(),
+        memory_bytes: memory_bytes(&config),
         worker_args: vec!["worker".into(), "--log-filter".into(), config.log.level.clone().into()],
         config,
     })
+}
+
+/// What workers may take: as configured, else what there was when it was first asked for, so that a service that starts
+/// its workers anew does not count its own as somebody else's.
+fn memory_bytes(config: &Config) -> Option<u64> {
+    static AVAILABLE: OnceLock<Option<u64>> = OnceLock::new();
+    match config.engine.memory_mib {
+        Some(mib) => Some(u64::from(mib) << 20),
+        None => *AVAILABLE.get_or_init(|| bitnetd_placement::memory::available_bytes(Path::new("/"))),
+    }
 }
 
 /// A service of our own, and what it serves.

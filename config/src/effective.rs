@@ -156,6 +156,8 @@ impl Config {
             "huge_pages" => quoted(&self.engine.huge_pages),
             "nice" => self.engine.nice.to_string(),
             "scheduler" => quoted(self.engine.scheduler.name()),
+            "speculation" => quoted(&self.engine.speculation),
+            "memory_mib" => self.engine.memory_mib?.to_string(),
             _ => return None,
         })
     }

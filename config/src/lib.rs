@@ -21,7 +21,7 @@ pub use crate::choice::Choice;
 pub use crate::environment::{Environment, SocketPathError};
 pub use crate::load::CONFIG_FILE_BYTES_MAX;
 pub use crate::problem::{ConfigErrors, LoadError, Problem};
-pub use crate::schema::{ISAS, KEYS, Key};
+pub use crate::schema::{ISAS, KEYS, Key, SPECULATIONS};
 pub use crate::sections::{
     AffinityConfig, Config, CoreChoice, DurableConfig, EngineConfig, HeadChoice, JournalChoice, ListenConfig,
     LogConfig, LogFormat, MetricsAddress, ModelConfig, NumaPolicy, Profile, QueueConfig, RestartConfig,

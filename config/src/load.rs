@@ -178,6 +178,10 @@ fn engine(table: &mut Table<'_, '_, '_>) -> EngineConfig {
             .unwrap_or(default.huge_pages),
         nice: table.get("nice", nice).unwrap_or(default.nice),
         scheduler: table.get("scheduler", choice).unwrap_or_default(),
+        speculation: table
+            .get("speculation", |value| word(value, schema::SPECULATIONS))
+            .unwrap_or(default.speculation),
+        memory_mib: table.get("memory_mib", |value| integer(value, 1..=1 << 30)),
     }
 }
 

@@ -114,6 +114,17 @@ pub const KEYS: &[Key] = &[
         "scheduler",
         "How the kernel schedules the workers: \"normal\", \"batch\" (SCHED_BATCH: longer slices, for machines that do little else).",
     ),
+    key(
+        "engine",
+        "speculation",
+        "Guess what comes next from the text so far and check several tokens in one step: \"auto\" (where it pays),\n\"off\". The answers are the same.",
+    ),
+    absent(
+        "engine",
+        "memory_mib",
+        "8192",
+        "MiB that the model and all workers may take together. What does not fit is refused at the start. Without it what the\nmachine and our control group have left then.",
+    ),
     key("queue", "max_jobs", "Jobs that wait, at most; the next one is refused as `overloaded`."),
     key("queue", "max_per_client", "Of those from one client, at most."),
     key("queue", "max_deaths", "A job that was on board of this many dying workers is given up."),
@@ -205,5 +216,7 @@ pub const ISAS: &[&str] = &["auto", "scalar", "avx2", "avx-vnni", "avx512-vnni",
 pub(crate) const WAITS: &[&str] = &["spin", "hybrid", "park"];
 /// Values of `engine.huge_pages`.
 pub(crate) const HUGE_PAGES: &[&str] = &["auto", "on", "off"];
+/// Values of `engine.speculation`.
+pub const SPECULATIONS: &[&str] = &["auto", "off"];
 /// Levels of `log.level`.
 pub(crate) const LOG_LEVELS: &[&str] = &["off", "error", "warn", "info", "debug", "trace"];

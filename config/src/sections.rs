@@ -164,6 +164,10 @@ pub struct EngineConfig {
     pub nice: i8,
     /// How the kernel schedules the workers.
     pub scheduler: SchedulerChoice,
+    /// Guess tokens from the text so far and check several in a step: `auto` (where it pays), `off`.
+    pub speculation: String,
+    /// MiB that the model and all workers may take together; `None` takes what there is at the start.
+    pub memory_mib: Option<u32>,
 }
 
 /// `engine.scheduler`
@@ -188,6 +192,8 @@ impl Default for EngineConfig {
             huge_pages: "auto".into(),
             nice: 0,
             scheduler: SchedulerChoice::Normal,
+            speculation: "auto".into(),
+            memory_mib: None,
         }
     }
 }

@@ -66,6 +66,7 @@ prop_compose! {
                 isa: isa.into(),
                 nice,
                 scheduler,
+                memory_mib: ctx,
                 ..EngineConfig::default()
             },
             queue: QueueConfig {

@@ -8,14 +8,15 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::forward::{Forward, ForwardLimits, Row};
+use crate::forward::{Forward, ForwardLimits, PassCost, Row};
 use crate::head::HeadImage;
 use crate::kernels::KernelSet;
 use crate::kv::{KvCache, KvShape, PagePool, pages_for};
 use crate::model::Model;
 use crate::pool::{PoolError, PoolOptions, ThreadPool, Wait};
 use crate::sampler::{SamplerScratch, SamplingError};
-use crate::sequence::{EngineEvent, Sequence, SequenceId, SequenceRequest};
+use crate::sequence::{EngineEvent, Sequence, SequenceId, SequenceRequest, StepEvents};
+use crate::speculation::{GUESSES_MAX, Speculation, StepCosts};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// How long a step with prompt tokens should take while others wait for their next token.
@@ -45,6 +46,8 @@ pub struct EngineOptions {
     pub max_batch: usize,
     /// Prompt tokens in one step, at most.
     pub prefill_chunk: usize,
+    /// Guess tokens from the text so far where it pays. Changes no answer.
+    pub speculation: Speculation,
 }
 
 /// Why an engine cannot start.
@@ -120,6 +123,12 @@ pub struct EngineStats {
     pub prefill: Duration,
     /// Time in steps that only decoded.
     pub decode: Duration,
+    /// Prompt tokens that were in the KV cache already.
+    pub cached_tokens: u64,
+    /// Guesses that were checked in a step.
+    pub guessed_tokens: u64,
+    /// Of those, the right ones.
+    pub right_guesses: u64,
 }
 
 /// A model, its threads and the sequences on board.
@@ -134,8 +143,14 @@ pub struct Engine {
     n_ctx: usize,
     max_batch: usize,
     chunk: ChunkSize,
+    costs: StepCosts,
+    speculation: Speculation,
     sampling: SamplerScratch,
     stats: EngineStats,
+    // Of the step that is being taken; kept for their memory.
+    rows: Vec<Row<'static>>,
+    taken: Vec<Taken>,
+    order: Vec<usize>,
 }
 
 impl Engine {
@@ -162,6 +177,7 @@ impl Engine {
         }
         let pool = PoolOptions { cpus: options.cpus, wait: options.wait, name: options.thread_name };
         let pool = ThreadPool::new(pool).map_err(EngineError::Pool)?;
+        let n_vocab = hparams.n_vocab;
         let n_pages = options.max_batch * pages_for(n_ctx);
         let kv = KvCache::new(KvShape {
             n_layers: hparams.n_layers,
@@ -169,9 +185,10 @@ impl Engine {
             head_dim: hparams.head_dim,
             n_pages,
         });
+        let n_guesses_max = if options.speculation == Speculation::Off { 0 } else { GUESSES_MAX };
         let limits = ForwardLimits {
-            n_rows_max: options.max_batch + options.prefill_chunk,
-            n_logits_max: options.max_batch,
+            n_rows_max: options.max_batch + options.prefill_chunk.max(n_guesses_max),
+            n_logits_max: options.max_batch + n_guesses_max,
             n_ctx,
         };
         Ok(Self {
@@ -184,8 +201,13 @@ impl Engine {
             n_ctx,
             max_batch: options.max_batch,
             chunk: ChunkSize::new(options.prefill_chunk),
-            sampling: SamplerScratch::default(),
+            costs: StepCosts::new(options.max_batch),
+            speculation: options.speculation,
+            sampling: SamplerScratch::new(n_vocab, n_ctx),
             stats: EngineStats::default(),
+            rows: Vec::with_capacity(limits.n_rows_max),
+            taken: Vec::with_capacity(options.max_batch),
+            order: Vec::with_capacity(options.max_batch),
         })
     }
 
@@ -205,6 +227,12 @@ impl Engine {
     #[must_use]
     pub fn kernels(&self) -> KernelSet {
         self.forward.kernels()
+    }
+
+    /// What a step costs at least.
+    #[must_use]
+    pub fn cost(&self) -> PassCost {
+        self.forward.cost()
     }
 
     /// Context window in tokens.
@@ -283,45 +311,122 @@ impl Engine {
         true
     }
 
-    /// Moves every sequence on by a token, or a prompt by a chunk, and appends what happened to `events`.
-    pub fn step(&mut self, events: &mut Vec<EngineEvent>) {
+    /// Moves every sequence on by a token or more, or a prompt by a chunk. `events` then holds what happened.
+    ///
+    /// A step in which no sequence comes or goes allocates nothing, but for log-probabilities that are asked for.
+    pub fn step(&mut self, events: &mut StepEvents) {
+        events.begin(self.max_batch + GUESSES_MAX);
         self.admit(events);
         if self.running.is_empty() {
             return;
         }
         let begun = Instant::now();
         let n_vocab = self.model().hparams().n_vocab;
-        let is_anyone_decoding = self.running.iter().any(|sequence| !sequence.is_prefilling());
-        let target = if is_anyone_decoding { STEP_TARGET } else { STEP_TARGET_ALONE };
-        let (rows, taken) = plan(&self.running, self.chunk.rows(target));
+        let n_prefill = self.choose_rows();
+        let rows = fill_rows(emptied(std::mem::take(&mut self.rows)), &self.running, &self.taken);
         let n_rows = rows.len();
         let mut logits = self.forward.run(&rows, &mut self.kv).chunks_exact(n_vocab);
-        drop(rows);
+        self.rows = emptied(rows);
         let mut n_decoded = 0;
-        let mut ended = Vec::new();
-        for taken in &taken {
+        for taken in &mut self.taken {
             let sequence = &mut self.running[taken.sequence];
-            sequence.n_stored += taken.n_rows;
-            if taken.is_prefill && taken.is_complete {
-                self.pages.publish(&sequence.history, sequence.n_stored, &sequence.pages);
+            if !taken.is_complete {
+                sequence.n_stored += taken.n_rows;
+                continue;
             }
-            let Some(logits) = taken.is_complete.then(|| logits.next()).flatten() else { continue };
-            n_decoded += 1;
-            if let Some(reason) = sequence.advance(logits, &self.tokenizer, &mut self.sampling, events) {
+            let n_checked = sequence.guesser.n_checked;
+            let logits = logits.by_ref().take(1 + n_checked);
+            let n_stored = sequence.n_stored + taken.n_rows - n_checked;
+            let mut logits = logits;
+            let advance = sequence.advance(&mut logits, &self.tokenizer, &mut self.sampling, events);
+            logits.for_each(drop); // Those after a wrong guess.
+            sequence.n_stored = n_stored + advance.n_taken - 1;
+            n_decoded += advance.n_tokens;
+            self.stats.guessed_tokens += n_checked as u64;
+            self.stats.right_guesses += advance.n_taken as u64 - 1;
+            if taken.is_prefill {
+                self.pages.publish(&sequence.history, n_stored, &sequence.pages);
+            }
+            if let Some(reason) = advance.end {
                 events.push(EngineEvent::Finished { id: sequence.id, summary: sequence.summary(reason) });
-                ended.push(taken.sequence);
+                taken.has_ended = true;
             }
         }
-        for index in ended.into_iter().rev() {
-            let mut sequence = self.running.remove(index);
+        self.account(n_rows, n_prefill, n_decoded, begun.elapsed());
+        for index in (0..self.taken.len()).rev().filter(|index| self.taken[*index].has_ended) {
+            let mut sequence = self.running.remove(self.taken[index].sequence);
             self.pages.publish(&sequence.history, sequence.n_stored, &sequence.pages);
             self.pages.release(&mut sequence.pages);
         }
-        self.account(n_rows, n_decoded, &taken, begun.elapsed());
+    }
+
+    /// Chooses the rows of a step: one for each decoding sequence and its guesses, and a chunk of the prompts. Gives
+    /// the number of prompt tokens.
+    ///
+    /// Half of the chunk belongs to the prompt that came first, the rest to those with the least left: no long
+    /// prompt holds up a short one, and none waits for ever.
+    fn choose_rows(&mut self) -> usize {
+        let Self { running, taken, order, .. } = self;
+        taken.clear();
+        order.clear();
+        order.extend((0..running.len()).filter(|index| running[*index].is_prefilling()));
+        let is_anyone_decoding = order.len() < running.len();
+        let target = if is_anyone_decoding { STEP_TARGET } else { STEP_TARGET_ALONE };
+        let mut chunk = self.chunk.rows(target);
+        for (index, sequence) in running.iter_mut().enumerate() {
+            sequence.guesser.clear();
+            let is_prefill = sequence.is_prefilling();
+            let n_rows = usize::from(!is_prefill);
+            taken.push(Taken {
+                sequence: index,
+                n_rows,
+                is_prefill,
+                is_complete: !is_prefill,
+                has_ended: false,
+            });
+            if self.speculation != Speculation::Off && !is_prefill {
+                sequence.guess();
+            }
+        }
+        if order.is_empty() {
+            self.choose_guesses();
+            return 0;
+        }
+        let n_before = chunk;
+        let first = order[0];
+        order[1..].sort_unstable_by_key(|index| (running[*index].n_waiting(), *index));
+        let mut take = |index: usize, n_max: usize| {
+            let n = (running[index].n_waiting() - taken[index].n_rows).min(n_max).min(chunk);
+            taken[index].n_rows += n;
+            chunk -= n;
+        };
+        take(first, n_before.div_ceil(2));
+        for index in &order[1..] {
+            take(*index, usize::MAX);
+        }
+        take(first, usize::MAX);
+        for taken in taken.iter_mut().filter(|taken| taken.is_prefill) {
+            taken.is_complete = taken.n_rows == running[taken.sequence].n_waiting();
+        }
+        n_before - chunk
+    }
+
+    /// Decides which guesses are checked in a step that only decodes.
+    fn choose_guesses(&mut self) {
+        #[expect(clippy::cast_precision_loss, reason = "a small number")]
+        let mut so_far = (self.running.len(), self.running.len() as f32);
+        for (sequence, taken) in self.running.iter_mut().zip(&mut self.taken) {
+            match self.speculation {
+                Speculation::Off => return,
+                Speculation::Auto => so_far = sequence.guesser.choose(&self.costs, so_far),
+                Speculation::Always => so_far.0 = sequence.guesser.choose_all(&self.costs, so_far.0),
+            }
+            taken.n_rows += sequence.guesser.n_checked;
+        }
     }
 
     /// Starts waiting sequences while there is room for them.
-    fn admit(&mut self, events: &mut Vec<EngineEvent>) {
+    fn admit(&mut self, events: &mut StepEvents) {
         while self.running.len() < self.max_batch {
             let Some(mut sequence) = self.waiting.pop_front() else { return };
             if let Some(reason) = sequence.replay(&self.tokenizer) {
@@ -334,12 +439,12 @@ impl Engine {
                 return;
             };
             sequence.start_at(n_cached);
+            self.stats.cached_tokens += n_cached as u64;
             self.running.push(sequence);
         }
     }
 
-    fn account(&mut self, n_rows: usize, n_decoded: usize, taken: &[Taken], elapsed: Duration) {
-        let n_prefill: usize = taken.iter().filter(|taken| taken.is_prefill).map(|taken| taken.n_rows).sum();
+    fn account(&mut self, n_rows: usize, n_prefill: usize, n_decoded: usize, elapsed: Duration) {
         self.stats.steps += 1;
         self.stats.prefill_tokens += n_prefill as u64;
         self.stats.decode_tokens += n_decoded as u64;
@@ -348,6 +453,7 @@ impl Engine {
             self.chunk.observe(n_rows, elapsed);
         } else {
             self.stats.decode += elapsed;
+            self.costs.observe(n_rows, elapsed.as_secs_f32());
         }
     }
 }
@@ -356,38 +462,34 @@ impl Engine {
 #[derive(Debug)]
 struct Taken {
     sequence: usize, // Index in `running`.
-    n_rows: usize,
+    n_rows: usize,   // Guesses among them.
     is_prefill: bool,
     is_complete: bool, // The last token of the history is among the rows, so there are logits.
+    has_ended: bool,
 }
 
-/// Chooses the rows of a step: one for each decoding sequence, and `chunk` prompt tokens in order of admission.
-fn plan(running: &[Sequence], chunk: usize) -> (Vec<Row<'_>>, Vec<Taken>) {
-    let mut rows = Vec::with_capacity(running.len() + chunk);
-    let mut all_taken = Vec::with_capacity(running.len());
-    let mut budget = chunk;
-    for (index, sequence) in running.iter().enumerate() {
-        let is_prefill = sequence.is_prefilling();
-        let n_rows = if is_prefill { sequence.n_waiting().min(budget) } else { 1 };
-        if n_rows == 0 {
-            continue;
-        }
-        if is_prefill {
-            budget -= n_rows;
-        }
-        let is_complete = n_rows == sequence.n_waiting();
-        let first = sequence.n_stored;
-        for position in first..first + n_rows {
+/// The rows themselves.
+fn fill_rows<'a>(mut rows: Vec<Row<'a>>, running: &'a [Sequence], all_taken: &[Taken]) -> Vec<Row<'a>> {
+    for taken in all_taken {
+        let sequence = &running[taken.sequence];
+        let tokens = sequence.history[sequence.n_stored..].iter().chain(sequence.guesser.checked());
+        for (token, position) in tokens.take(taken.n_rows).zip(sequence.n_stored..) {
             rows.push(Row {
-                token: sequence.history[position],
+                token: *token,
                 position: u32::try_from(position).unwrap_or(u32::MAX),
                 pages: &sequence.pages,
-                wants_logits: is_complete && position + 1 == sequence.history.len(),
+                wants_logits: taken.is_complete && position + 1 >= sequence.history.len(),
             });
         }
-        all_taken.push(Taken { sequence: index, n_rows, is_prefill, is_complete });
     }
-    (rows, all_taken)
+    rows
+}
+
+/// No rows, in the memory of those.
+fn emptied<'a>(mut rows: Vec<Row<'_>>) -> Vec<Row<'a>> {
+    rows.clear();
+    // An iterator over a vector is collected in its place.
+    rows.into_iter().map(|_| unreachable!("there are none")).collect()
 }
 
 /// How many prompt tokens fit in a step on this machine, learnt from the steps so far.

@@ -41,18 +41,19 @@ pub struct Forward {
 /// Buffers of one pass, for up to `n_rows_max` rows.
 #[derive(Debug)]
 struct RunState {
-    x: Vec<f32>,         // (rows, n_embd): the residual stream
-    q: Vec<f32>,         // (rows, n_heads, head_dim)
-    k: Vec<f32>,         // (rows, n_kv_heads, head_dim)
-    v: Vec<f32>,         // (rows, n_kv_heads, head_dim)
-    attn: Vec<f32>,      // (rows, n_heads, head_dim)
-    gate: Vec<f32>,      // (rows, n_ff)
-    up: Vec<f32>,        // (rows, n_ff)
-    acts: QuantizedRows, // (rows, the widest of the above)
-    last: Vec<f32>,      // (rows with logits, n_embd): picked rows of x
-    normed: Vec<f32>,    // (rows with logits, n_embd): those after the last norm
-    logits: Vec<f32>,    // (rows with logits, n_vocab)
-    positions: Vec<u32>, // (rows)
+    x: Vec<f32>,                         // (rows, n_embd): the residual stream
+    q: Vec<f32>,                         // (rows, n_heads, head_dim)
+    k: Vec<f32>,                         // (rows, n_kv_heads, head_dim)
+    v: Vec<f32>,                         // (rows, n_kv_heads, head_dim)
+    attn: Vec<f32>,                      // (rows, n_heads, head_dim)
+    gate: Vec<f32>,                      // (rows, n_ff)
+    up: Vec<f32>,                        // (rows, n_ff)
+    acts: QuantizedRows,                 // (rows, the widest of the above)
+    last: Vec<f32>,                      // (rows with logits, n_embd): picked rows of x
+    normed: Vec<f32>,                    // (rows with logits, n_embd): those after the last norm
+    logits: Vec<f32>,                    // (rows with logits, n_vocab)
+    positions: Vec<u32>,                 // (rows)
+    visible: Vec<AttentionRow<'static>>, // (rows), while a pass runs
     scratch: AttentionScratch,
 }
 
@@ -65,6 +66,19 @@ pub struct ForwardLimits {
     pub n_logits_max: usize,
     /// Context window in tokens.
     pub n_ctx: usize,
+}
+
+/// What a pass costs at least, whatever computes it: what a measured rate is compared with.
+///
+/// Keys and values are left out; they depend on how long the sequences are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassCost {
+    /// Bytes of weights that every pass reads, those of the head among them.
+    pub bytes: u64,
+    /// Multiplications of each row in the layers.
+    pub row_macs: u64,
+    /// Multiplications of each row that wants logits in the head.
+    pub logits_macs: u64,
 }
 
 impl Forward {
@@ -105,6 +119,33 @@ impl Forward {
         self.kernels
     }
 
+    /// What a pass costs at least.
+    #[must_use]
+    pub fn cost(&self) -> PassCost {
+        let matrices = self.model.layers().iter().flat_map(|layer| {
+            let LayerWeights { attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, .. } = layer;
+            [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down]
+        });
+        let matrices = matrices.map(|weight| self.model.ternary(weight));
+        let (mut bytes, mut row_macs) = (0, 0);
+        for matrix in matrices {
+            bytes += (matrix.n_rows() * matrix.row_bytes()) as u64;
+            row_macs += matrix.n_rows() as u64 * matrix.n_cols() as u64;
+        }
+        let head = self.model.output();
+        let whole_head = head.n_rows() * head.row_bytes();
+        let head_bytes = match &self.fast_head {
+            None => whole_head,
+            // The rows that are computed exactly are at least these.
+            Some((image, _)) => image.view().codes().len() + whole_head / 64,
+        };
+        PassCost {
+            bytes: bytes + head_bytes as u64,
+            row_macs,
+            logits_macs: head.n_rows() as u64 * head.n_cols() as u64,
+        }
+    }
+
     /// Processes `rows` and stores their keys and values in `kv`.
     ///
     /// Rows of one sequence stand in order of position. Returns the logits, (rows that want them, n_vocab).
@@ -116,10 +157,15 @@ impl Forward {
         self.embed(&model, rows);
         self.state.positions.clear();
         self.state.positions.extend(rows.iter().map(|row| row.position));
+        let mut visible = emptied(std::mem::take(&mut self.state.visible));
+        visible.extend(
+            rows.iter().map(|row| AttentionRow { pages: row.pages, n_visible: row.position as usize + 1 }),
+        );
         for (index, layer) in model.layers().iter().enumerate() {
-            self.attend(&model, layer, index, rows, kv);
+            self.attend(&model, (index, layer), rows, &visible, kv);
             self.feed_forward(&model, layer, rows.len());
         }
+        self.state.visible = emptied(visible);
         self.head(&model, rows)
     }
 
@@ -137,9 +183,9 @@ impl Forward {
     fn attend(
         &mut self,
         model: &Model,
-        layer: &LayerWeights,
-        index: usize,
+        (index, layer): (usize, &LayerWeights),
         rows: &[Row<'_>],
+        visible: &[AttentionRow<'_>],
         kv: &mut KvCache,
     ) {
         let hparams = model.hparams();
@@ -167,12 +213,8 @@ impl Forward {
         for (row, (key, value)) in rows.iter().zip(each_kv) {
             kv.store(index, row.pages, row.position as usize, key, value);
         }
-        let visible: Vec<AttentionRow<'_>> = rows
-            .iter()
-            .map(|row| AttentionRow { pages: row.pages, n_visible: row.position as usize + 1 })
-            .collect();
         let shape = AttentionShape { n_heads, n_kv_heads, head_dim };
-        kernels.attention(pool, shape, q, kv.layer(index), &visible, &mut s.scratch, attn);
+        kernels.attention(pool, shape, q, kv.layer(index), visible, &mut s.scratch, attn);
         let sub_norm = layer.attn_sub_norm.as_deref().map(|weight| (weight, rms_eps));
         s.acts.reset(n, hparams.q_width());
         kernels.norm_quantize(pool, attn, sub_norm, &mut s.acts);
@@ -249,7 +291,15 @@ impl RunState {
             normed: vec![0.0; n_logits * hparams.n_embd],
             logits: vec![0.0; n_logits * hparams.n_vocab],
             positions: Vec::with_capacity(rows),
+            visible: Vec::with_capacity(rows),
             scratch: AttentionScratch::new(n_threads, group, limits.n_ctx),
         }
     }
+}
+
+/// No rows, in the memory of those.
+fn emptied<'a>(mut rows: Vec<AttentionRow<'_>>) -> Vec<AttentionRow<'a>> {
+    rows.clear();
+    // An iterator over a vector is collected in its place.
+    rows.into_iter().map(|_| unreachable!("there are none")).collect()
 }

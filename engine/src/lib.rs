@@ -20,8 +20,9 @@ pub mod model; // Hyper-parameters and weights of a file.
 pub mod pool; // Which threads compute it.
 pub mod sampler; // Which token comes next.
 pub mod sequence; // One answer in the making.
+pub mod speculation; // Guesses of what comes next, checked several at a time.
 pub mod ternary; // How ternary weights are stored.
 pub mod tokenizer; // Text to token ids and back.
 
 pub use engine::{Engine, EngineError, EngineOptions, EngineStats, SubmitError};
-pub use sequence::EngineEvent;
+pub use sequence::{EngineEvent, StepEvents};

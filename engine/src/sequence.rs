@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::sampler::{SampledLogprobs, Sampler, SamplerScratch, SamplingError, SamplingParams};
+use crate::speculation::Guesser;
 use crate::tokenizer::{Detokenizer, StopMatcher, Tokenizer};
 
 /// Names a sequence; chosen by the caller.
@@ -31,7 +32,7 @@ pub struct SequenceRequest {
 /// Something that happened to a sequence in a step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum EngineEvent {
-    /// One more token.
+    /// One more token. The text that became certain with it is beside it in [`StepEvents`].
     Token {
         /// Which sequence.
         id: SequenceId,
@@ -39,8 +40,6 @@ pub enum EngineEvent {
         index: usize,
         /// Token id.
         token: u32,
-        /// Text that became certain with it.
-        text: String,
         /// If asked for.
         logprobs: Option<SampledLogprobs>,
     },
@@ -52,6 +51,53 @@ pub enum EngineEvent {
         summary: Summary,
     },
 }
+
+/// What happened in a step, in order. Its memory is used again and again.
+#[derive(Debug, Default)]
+pub struct StepEvents {
+    events: Vec<(EngineEvent, usize)>, // And where its text ends.
+    text: String,                      // Of all events, one after the other.
+}
+
+impl StepEvents {
+    /// None yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes them out, each with the text that became certain with it.
+    pub fn drain(&mut self) -> impl Iterator<Item = (EngineEvent, &str)> {
+        let text = &self.text;
+        let mut begin = 0;
+        self.events.drain(..).map(move |(event, end)| {
+            let piece = &text[begin..end];
+            begin = end;
+            (event, piece)
+        })
+    }
+
+    /// Room for a step of so many tokens.
+    pub(crate) fn begin(&mut self, n_tokens: usize) {
+        self.text.clear();
+        self.events.clear();
+        self.events.reserve(n_tokens);
+        self.text.reserve(n_tokens * TEXT_BYTES);
+    }
+
+    /// Where the text of the next event goes.
+    pub(crate) fn text(&mut self) -> &mut String {
+        &mut self.text
+    }
+
+    /// Adds an event, whose text is what was added to the text since the last one.
+    pub(crate) fn push(&mut self, event: EngineEvent) {
+        self.events.push((event, self.text.len()));
+    }
+}
+
+/// Bytes of text that room is made for with each token; few tokens have more.
+const TEXT_BYTES: usize = 64;
 
 /// How a sequence ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -94,6 +140,7 @@ pub(crate) struct Sequence {
     sampler: Sampler,
     n_logprobs: Option<u8>,
     ignore_eos: bool,
+    pub(crate) guesser: Guesser,
     text: TextStream,
     started: Instant,
     prefilled: Option<Instant>,
@@ -124,7 +171,12 @@ impl Sequence {
             sampler,
             n_logprobs: request.n_logprobs,
             ignore_eos: request.ignore_eos,
-            text: TextStream { detokenizer: Detokenizer::new(), stop: StopMatcher::new(&request.stop) },
+            guesser: Guesser::new(),
+            text: TextStream {
+                detokenizer: Detokenizer::new(),
+                stop: StopMatcher::new(&request.stop),
+                whole: String::with_capacity(TEXT_BYTES),
+            },
             started: Instant::now(),
             prefilled: None,
         })
@@ -157,15 +209,46 @@ impl Sequence {
         self.history.len() - self.n_stored
     }
 
-    /// Takes the logits after the last token of the history: adds a token, or ends.
-    pub(crate) fn advance(
+    /// Looks for what may come next, as far as there is room for it.
+    pub(crate) fn guess(&mut self) {
+        // After the guesses there is room for one more token.
+        let n_max = self.n_history_max.saturating_sub(self.history.len() + 1);
+        self.guesser.guess(&self.history, n_max);
+    }
+
+    /// Takes the logits after the last token of the history and after each guess that is checked, as far as the guesses
+    /// are right: adds tokens, or ends.
+    pub(crate) fn advance<'a>(
+        &mut self,
+        logits: impl Iterator<Item = &'a [f32]>,
+        tokenizer: &Tokenizer,
+        scratch: &mut SamplerScratch,
+        events: &mut StepEvents,
+    ) -> Advance {
+        self.prefilled.get_or_insert_with(Instant::now);
+        let mut advance = Advance { n_taken: 0, n_tokens: 0, end: None };
+        for logits in logits {
+            let n_history = self.history.len();
+            let index = advance.n_taken;
+            advance.n_taken += 1;
+            advance.end = self.add_token(logits, tokenizer, scratch, events);
+            let Some(token) = self.history.get(n_history) else { break };
+            advance.n_tokens += 1;
+            if !self.guesser.learn(index, *token) || advance.end.is_some() {
+                break;
+            }
+        }
+        advance
+    }
+
+    /// Chooses the next token and adds it, or ends.
+    fn add_token(
         &mut self,
         logits: &[f32],
         tokenizer: &Tokenizer,
         scratch: &mut SamplerScratch,
-        events: &mut Vec<EngineEvent>,
+        events: &mut StepEvents,
     ) -> Option<FinishReason> {
-        self.prefilled.get_or_insert_with(Instant::now);
         let position = self.history.len() as u64;
         let sampled = self.sampler.sample(logits, &self.history, position, self.n_logprobs, scratch);
         if tokenizer.is_end_of_generation(sampled.id) && !self.ignore_eos {
@@ -173,15 +256,8 @@ impl Sequence {
         }
         let index = self.history.len() - self.n_prompt;
         self.history.push(sampled.id);
-        let mut text = String::new();
-        let is_stopped = self.text.push(tokenizer, sampled.id, &mut text);
-        events.push(EngineEvent::Token {
-            id: self.id,
-            index,
-            token: sampled.id,
-            text,
-            logprobs: sampled.logprobs,
-        });
+        let is_stopped = self.text.push(tokenizer, sampled.id, events.text());
+        events.push(EngineEvent::Token { id: self.id, index, token: sampled.id, logprobs: sampled.logprobs });
         if is_stopped {
             return Some(FinishReason::Stop);
         }
@@ -204,19 +280,31 @@ impl Sequence {
     }
 }
 
+/// How far a step brought a sequence.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Advance {
+    /// Logits that counted: rows whose tokens are now in the history, and so in the KV cache.
+    pub(crate) n_taken: usize,
+    /// Tokens added.
+    pub(crate) n_tokens: usize,
+    /// If it ended.
+    pub(crate) end: Option<FinishReason>,
+}
+
 /// Tokens to text, with whole characters only and nothing that may be the start of a stop string.
 #[derive(Debug)]
 struct TextStream {
     detokenizer: Detokenizer,
     stop: StopMatcher,
+    whole: String, // Scratch: what the detokenizer gives.
 }
 
 impl TextStream {
     /// Adds a token; appends what is certain to `out`. True if a stop string is complete.
     fn push(&mut self, tokenizer: &Tokenizer, token: u32, out: &mut String) -> bool {
-        let mut whole = String::new();
-        self.detokenizer.push(tokenizer, token, &mut whole);
-        self.stop.push(&whole, out)
+        self.whole.clear();
+        self.detokenizer.push(tokenizer, token, &mut self.whole);
+        self.stop.push(&self.whole, out)
     }
 
     /// What was held back.

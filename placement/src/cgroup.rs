@@ -90,6 +90,29 @@ impl CgroupLimits {
     }
 }
 
+/// The folders that may hold a memory limit of ours: our group's, and those of the groups above it.
+pub(crate) fn memory_folders(tree: Tree<'_>) -> Vec<String> {
+    let memberships = tree.text("/proc/self/cgroup").unwrap_or_default();
+    let mut folders = Vec::new();
+    for line in memberships.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else {
+            continue;
+        };
+        if controllers.is_empty() {
+            let unified = format!("{MOUNT}/unified");
+            let mount = if tree.exists(&format!("{MOUNT}/cgroup.controllers")) { MOUNT } else { &unified };
+            folders.extend(upwards(mount, path));
+        } else if controllers.split(',').any(|controller| controller == "memory") {
+            folders.extend(upwards(&format!("{MOUNT}/memory"), path));
+        }
+    }
+    if memberships.is_empty() {
+        folders.push(MOUNT.to_owned());
+    }
+    folders
+}
+
 /// The directory of a group and of every group above it, up to the mount itself.
 fn upwards(mount: &str, path: &str) -> Vec<String> {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();

@@ -6,6 +6,7 @@
 
 mod cgroup; // What control groups leave to us.
 mod machine; // The machine: CPUs, caches, nodes, limits.
+pub mod memory; // How much there is to take.
 mod plan; // From machine and configuration to workers.
 mod read; // Machine out of a tree.
 mod tree; // Small files below a root.

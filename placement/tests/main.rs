@@ -7,6 +7,7 @@
 )]
 
 mod machines; // What is read out of recorded trees.
+mod memory; // How much there is to take.
 mod plans; // Plans with their reasons, as snapshots.
 mod properties; // What holds for every plan on every machine.
 mod refusals; // What is impossible, and in which words.

@@ -78,6 +78,12 @@ pub struct WorkerSetup {
     pub wait: String,
     /// `auto`, `on` or `off`.
     pub huge_pages: String,
+    /// `auto` or `off`.
+    pub speculation: String,
+    /// How many workers there are; each takes its own memory for keys and values.
+    pub n_workers: u32,
+    /// Bytes that the model and all workers may take together; 0 if that is not known.
+    pub memory_bytes: u64,
 }
 
 /// From a worker to the supervisor.
@@ -158,6 +164,15 @@ pub struct ModelSummary {
     pub kv_bytes: u64,
     /// Whether it has a chat template.
     pub has_chat_template: bool,
+    /// Bytes of weights that a step of a worker reads.
+    #[serde(default)]
+    pub step_bytes: u64,
+    /// Multiplications of a prompt token, all but the head's.
+    #[serde(default)]
+    pub token_macs: u64,
+    /// Multiplications of the head for a generated token.
+    #[serde(default)]
+    pub head_macs: u64,
 }
 
 /// What a worker does, as it said last.
@@ -182,4 +197,10 @@ pub struct WorkerLoad {
     pub kv_tokens: u64,
     /// Tokens that fit in the KV cache.
     pub kv_tokens_max: u64,
+    /// Prompt tokens that were found in the KV cache since its start.
+    pub cached_tokens: u64,
+    /// Guesses of speculation that were checked since its start.
+    pub guessed_tokens: u64,
+    /// Of those, the right ones.
+    pub right_guesses: u64,
 }

@@ -218,6 +218,9 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
                 kv_type: "f16".into(),
                 wait: "hybrid".into(),
                 huge_pages: "auto".into(),
+                speculation: "auto".into(),
+                n_workers: 3,
+                memory_bytes: 1 << 33,
             }
         });
     prop_oneof![
@@ -243,6 +246,9 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         image_bytes: n.2,
         kv_bytes: n.2,
         has_chat_template: n.3,
+        step_bytes: 7,
+        token_macs: 8,
+        head_macs: 9,
     });
     let load = (any::<(u64, u32)>(), finite_f64(), finite_f64()).prop_map(|(n, prefill_s, decode_s)| {
         WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, ..WorkerLoad::default() }

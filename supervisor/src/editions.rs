@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::error::WireError;
+use bitnetd_proto::worker_link::WorkerSetup;
 
 use crate::image::{ModelImage, ModelSource};
 use crate::report;
@@ -64,6 +65,12 @@ impl Editions {
         let edition = self.unused();
         let model = if is_same_model { present.model } else { edition };
         let image = if is_same_model { present.image.clone() } else { Arc::new(opened) };
+        // How many others there are, and what all may take together, matters only when a worker starts.
+        let settings = |number, spec: &ServiceSpec, place: &WorkerPlacement| WorkerSetup {
+            n_workers: 0,
+            memory_bytes: 0,
+            ..report::worker_setup(number, spec, place)
+        };
         let seats = (0..).zip(&spec.plan.workers).map(|(number, place)| {
             let slot = state.slot_with_number(number)?;
             let (old, old_place) = self.of_slot(slot)?;
@@ -71,8 +78,7 @@ impl Editions {
                 && place == old_place
                 && spec.worker_program == old.spec.worker_program
                 && spec.config.affinity.numa == old.spec.config.affinity.numa
-                && report::worker_setup(number, &spec, place)
-                    == report::worker_setup(number, &old.spec, old_place);
+                && settings(number, &spec, place) == settings(number, &old.spec, old_place);
             is_same.then_some(slot)
         });
         let config = NewConfig { edition, policy: Policy::new(&spec.config), model, seats: seats.collect() };

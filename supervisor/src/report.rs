@@ -81,6 +81,9 @@ pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlac
         kv_type: engine.kv_type.clone(),
         wait: engine.wait.clone(),
         huge_pages: engine.huge_pages.clone(),
+        speculation: engine.speculation.clone(),
+        n_workers: u32::try_from(spec.plan.workers.len()).unwrap_or(u32::MAX),
+        memory_bytes: spec.memory_bytes.unwrap_or(0),
     }
 }
 

@@ -43,6 +43,8 @@ pub struct ServiceSpec {
     pub worker_program: PathBuf,
     /// Its arguments.
     pub worker_args: Vec<OsString>,
+    /// Bytes that the model and all workers may take together, if that is known.
+    pub memory_bytes: Option<u64>,
 }
 
 /// Why the service did not come up.

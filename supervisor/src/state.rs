@@ -22,6 +22,7 @@ use bitnetd_proto::worker_link::ModelSummary;
 
 mod events; // The closed enums: what happened, what to do.
 mod jobs; // Admission, routing, tokens, fail-over, the end.
+mod prefixes; // Which worker has seen which beginnings of prompts.
 mod queue; // Who waits, in which order.
 mod reload; // From one configuration to the next.
 mod slots; // One process after the other in each slot.

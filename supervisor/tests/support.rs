@@ -55,6 +55,7 @@ impl Fixture {
             model: ModelSource::BuiltIn(b"fake image"),
             worker_program: FAKE_WORKER.into(),
             worker_args: self.script.clone(),
+            memory_bytes: None,
         }
     }
 

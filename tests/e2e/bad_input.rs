@@ -252,3 +252,26 @@ fn a_prompt_that_the_daemon_refuses() {
     "#);
     assert_eq!(daemon.status().unwrap().totals.restarts, 0);
 }
+
+#[test]
+fn what_does_not_fit_in_memory_is_refused_in_numbers() {
+    let folder = Folder::new();
+    folder.write(
+        "small.toml",
+        "[engine]\nctx = 256\nmax_batch = 16\nmemory_mib = 64\n[split]\nworkers = 2\nthreads = 1\n",
+    );
+    let refused = folder.run("serve -q -c small.toml --socket %/s");
+    assert_eq!(refused.code, Some(78), "{refused:?}");
+    // The log says it, too, with the time.
+    let told = |line: &&str| line.starts_with("error: ") || line.starts_with("hint: ");
+    insta::assert_snapshot!(refused.stderr.lines().filter(told).collect::<Vec<_>>().join("\n"), @r#"
+    error: 2 workers of 16 sequences with 256 tokens need 32 MiB for keys and values, 64 MiB for buffers and 4 MiB for the model, 100 MiB in all; there are 64 MiB
+    hint: lower `engine.max_batch` or the number of workers, or take a smaller model; `engine.memory_mib` says how much may be taken if this is not what there is
+    "#);
+    folder.write(
+        "enough.toml",
+        "[engine]\nctx = 256\nmax_batch = 16\nmemory_mib = 640\n[split]\nworkers = 2\nthreads = 1\n",
+    );
+    let daemon = Daemon::start(&folder, "-c enough.toml");
+    assert_eq!(daemon.status().unwrap().slots.len(), 2);
+}

@@ -11,10 +11,12 @@
 
 mod bad_input; // Every wrong input has its words, its hint and its exit code.
 mod batch; // Many prompts: the same answers with any split, resumed after a kill.
+mod bench; // Rates, bounds and pictures.
 mod daemon; // `serve` and its clients.
 mod deaths; // Workers and supervisors that are killed.
 mod metrics; // What is counted and measured, printed and scraped.
 mod reload; // From one configuration to the next.
+mod reuse; // What was read or said before saves work and changes nothing.
 mod run; // One answer.
 mod support; // Start, watch, kill.
 mod systemd; // Notifications and sockets, with a stand-in for systemd.

@@ -191,6 +191,9 @@ fn become_ready(script: &Script) {
         image_bytes: std::fs::metadata("/proc/self/fd/4").unwrap().len(),
         kv_bytes: 0,
         has_chat_template: false,
+        step_bytes: 1,
+        token_macs: 1,
+        head_macs: 1,
     };
     let version = script.version.unwrap_or(PROTOCOL_VERSION);
     say(&FromWorker::Ready { version, model: Box::new(model), load_s: 0.001 });

@@ -19,6 +19,7 @@ pub(crate) fn run(args: &[String]) {
         model: ModelSource::BuiltIn(b"fake image"),
         worker_program: std::env::current_exe().unwrap(),
         worker_args: script.iter().map(Into::into).collect(),
+        memory_bytes: None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {

@@ -98,15 +98,18 @@ pub(crate) fn to_error(error: &SubmitError) -> WireError {
 }
 
 /// What a step made, as a message.
-pub(crate) fn to_message(event: EngineEvent, tokenizer: &Tokenizer) -> FromWorker {
+pub(crate) fn to_message(event: EngineEvent, text: &str, tokenizer: &Tokenizer) -> FromWorker {
     match event {
-        EngineEvent::Token { id, index, token, text, logprobs } => {
+        EngineEvent::Token { id, index, token, logprobs } => {
             let text_of = |id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned();
             let logprobs = logprobs.map(|logprobs| TokenLogprobs {
                 logprob: logprobs.logprob,
                 top: logprobs.top.into_iter().map(|(id, logprob)| (id, logprob, text_of(id))).collect(),
             });
-            FromWorker::Token { job: id, token: Token { index: count(index), id: token, text, logprobs } }
+            FromWorker::Token {
+                job: id,
+                token: Token { index: count(index), id: token, text: text.to_owned(), logprobs },
+            }
         }
         EngineEvent::Finished { id, summary } => FromWorker::Done { job: id, done: to_done(summary) },
     }

@@ -7,6 +7,7 @@
 //! Threads: the main thread is compute thread 0 and runs the step loop; a reader thread turns frames into commands.
 //! Events are written by the step loop itself: the supervisor always reads.
 
+mod budget; // Whether it fits in memory.
 mod inherited; // The open files that come with the process.
 mod job; // Between the wire's words and the engine's.
 mod link; // Frames in, frames out.

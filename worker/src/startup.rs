@@ -12,6 +12,7 @@ use bitnetd_engine::kernels::{Isa, KernelSet};
 use bitnetd_engine::mapping::{Mapping, MappingError};
 use bitnetd_engine::model::{Model, ModelError};
 use bitnetd_engine::pool::{PoolOptions, ThreadPool, Wait};
+use bitnetd_engine::speculation::Speculation;
 use bitnetd_engine::{Engine, EngineError, EngineOptions};
 use bitnetd_proto::PROTOCOL_VERSION;
 use bitnetd_proto::error::{ErrorCode, WireError};
@@ -20,6 +21,7 @@ use bitnetd_proto::frame::FrameError;
 use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WorkerSetup};
 use nix::sys::prctl;
 
+use crate::budget::{self, DoesNotFit};
 use crate::link::Link;
 use crate::shared_head::{self, SharedHeadError};
 
@@ -52,6 +54,8 @@ pub(crate) enum StartError {
     Model { name: String, source: ModelError },
     #[error("cannot make the fast head of the model")]
     Head(#[source] SharedHeadError),
+    #[error(transparent)]
+    Memory(DoesNotFit),
     #[error("cannot start the engine")]
     Engine(#[source] EngineError),
 }
@@ -61,7 +65,7 @@ impl StartError {
         match self {
             Self::LinkClosed => ExitCode::Ok,
             Self::Link(_) | Self::NoHello | Self::Version { .. } => ExitCode::Software,
-            Self::Setting { .. } | Self::IsaNotPresent(_) => ExitCode::Config,
+            Self::Setting { .. } | Self::IsaNotPresent(_) | Self::Memory(_) => ExitCode::Config,
             Self::Map { .. } | Self::Head(_) => ExitCode::Os,
             Self::Gguf { .. } | Self::Model { .. } => ExitCode::Data,
             Self::Engine(EngineError::ContextTooLong { .. } | EngineError::Zero(_)) => ExitCode::Config,
@@ -89,6 +93,7 @@ impl StartError {
             }
             Self::Model { .. } => error.with_hint("`bitnetd model info FILE` lists what is supported"),
             Self::IsaNotPresent(_) => error.with_hint("use `isa = \"auto\"`"),
+            Self::Memory(refusal) => error.with_hint(refusal.hint()),
             Self::Engine(EngineError::ContextTooLong { .. }) => error.with_hint("leave `engine.ctx` out"),
             _ => error,
         }
@@ -118,6 +123,7 @@ pub(crate) fn start(
     let kernels = choose_kernels(&setup.isa)?;
     let wait = choose_wait(&setup.wait)?;
     require("model.head", &setup.head, &["auto", "file", "fast"])?;
+    require("engine.speculation", &setup.speculation, &["auto", "off"])?;
     require("engine.kv_type", &setup.kv_type, &["f16"])?;
     let mapping = Mapping::from_fd(image).map_err(|source| StartError::Map { name: name(), source })?;
     let image_bytes = mapping.len() as u64;
@@ -125,6 +131,11 @@ pub(crate) fn start(
     let gguf = Arc::new(gguf);
     let template = ChatTemplate::from_gguf(&gguf);
     let model = Model::load(gguf).map_err(|source| StartError::Model { name: name(), source })?;
+    let n_ctx = budget::context(model.hparams(), setup, image_bytes).map_err(StartError::Memory)?;
+    if setup.ctx == 0 && n_ctx < model.hparams().n_ctx {
+        let asked = model.hparams().n_ctx;
+        tracing::warn!("the model's context window of {asked} tokens does not fit in memory: {n_ctx} it is");
+    }
     let cpus: Vec<_> = setup.cpus.iter().copied().map(Some).collect();
     let fast_head = if setup.head == "fast" {
         let pool = PoolOptions { cpus: cpus.clone(), wait: Wait::Hybrid, name: thread_name(setup) };
@@ -140,9 +151,10 @@ pub(crate) fn start(
         thread_name: thread_name(setup),
         kernels,
         fast_head,
-        n_ctx: (setup.ctx > 0).then_some(setup.ctx as usize),
+        n_ctx: Some(n_ctx),
         max_batch: setup.max_batch as usize,
         prefill_chunk: setup.prefill_chunk as usize,
+        speculation: if setup.speculation == "off" { Speculation::Off } else { Speculation::Auto },
     };
     let engine = Engine::new(Arc::new(model), options).map_err(StartError::Engine)?;
     let load_s = begun.elapsed().as_secs_f64();
@@ -162,6 +174,7 @@ fn summarise(
     has_chat_template: bool,
 ) -> ModelSummary {
     let hparams = engine.model().hparams();
+    let cost = engine.cost();
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     ModelSummary {
         name: hparams.name.clone().unwrap_or_else(|| setup.model_name.clone()),
@@ -176,6 +189,9 @@ fn summarise(
         image_bytes,
         kv_bytes: engine.kv().shape().bytes(),
         has_chat_template,
+        step_bytes: cost.bytes,
+        token_macs: cost.row_macs,
+        head_macs: cost.logits_macs,
     }
 }
 

@@ -6,7 +6,7 @@
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use bitnetd_engine::chat::{ChatError, ChatTemplate};
-use bitnetd_engine::{Engine, EngineEvent};
+use bitnetd_engine::{Engine, StepEvents};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::frame::FrameError;
 use bitnetd_proto::worker_link::{FromWorker, ToWorker, WorkerLoad};
@@ -51,7 +51,7 @@ pub(crate) fn run(started: Started, link: Link) -> ExitCode {
 
 impl StepLoop {
     fn serve(&mut self, commands: &Receiver<Command>) -> Result<ExitCode, FrameError> {
-        let mut events = Vec::new();
+        let mut events = StepEvents::new();
         loop {
             if let Next::Exit(exit_code) = self.take_commands(commands)? {
                 return Ok(exit_code);
@@ -111,9 +111,9 @@ impl StepLoop {
         Ok(())
     }
 
-    fn report(&mut self, events: &mut Vec<EngineEvent>) -> Result<(), FrameError> {
-        for event in events.drain(..) {
-            let message = job::to_message(event, self.engine.tokenizer());
+    fn report(&mut self, events: &mut StepEvents) -> Result<(), FrameError> {
+        for (event, text) in events.drain() {
+            let message = job::to_message(event, text, self.engine.tokenizer());
             self.link.queue(&message)?;
         }
         self.link.flush()
@@ -130,6 +130,9 @@ impl StepLoop {
             decode_s: stats.decode.as_secs_f64(),
             kv_tokens: self.engine.n_kv_tokens() as u64,
             kv_tokens_max: self.engine.kv().shape().n_tokens() as u64,
+            cached_tokens: stats.cached_tokens,
+            guessed_tokens: stats.guessed_tokens,
+            right_guesses: stats.right_guesses,
         }
     }
 }

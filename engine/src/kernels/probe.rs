@@ -6,7 +6,10 @@
 #![expect(unsafe_code, reason = "calls the instruction set that `KernelSet` has seen; pointer loads")]
 
 use std::hint::black_box;
+use std::io;
 use std::time::{Duration, Instant};
+
+use memmap2::MmapMut;
 
 use super::{Isa, KernelSet};
 use crate::pool::ThreadPool;
@@ -19,6 +22,28 @@ const PEAK_STEPS: usize = 1 << 20;
 
 /// How often a measurement is taken; the best counts, since everything that disturbs it makes it slower.
 const N_RUNS: usize = 5;
+
+/// Memory to measure reading on: written once, so that it is there, and in huge pages where the system gives them.
+#[derive(Debug)]
+pub struct ProbeMemory(MmapMut);
+
+impl ProbeMemory {
+    /// # Errors
+    /// The system gives no such amount.
+    pub fn new(n_bytes: usize) -> io::Result<Self> {
+        let mut memory = MmapMut::map_anon(n_bytes)?;
+        #[cfg(target_os = "linux")]
+        memory.advise(memmap2::Advice::HugePage).ok(); // A kernel without them reads small ones.
+        memory.fill(1);
+        Ok(Self(memory))
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
 
 /// Bytes per second at which the threads of `pool` read `bytes` together. Give more than the caches hold.
 #[must_use]

@@ -109,6 +109,20 @@ pub struct SamplerScratch {
     weights: Vec<f32>,          // Of the candidates, or of all tokens.
 }
 
+impl SamplerScratch {
+    /// Memory that is enough for any parameters but longer penalties than the context window.
+    #[must_use]
+    pub fn new(n_vocab: usize, n_ctx: usize) -> Self {
+        Self {
+            logits: Vec::with_capacity(n_vocab),
+            recent: Vec::with_capacity(n_ctx),
+            candidates: Vec::with_capacity(n_vocab),
+            maxima: Vec::with_capacity(n_vocab.div_ceil(select::CHUNK)),
+            weights: Vec::with_capacity(n_vocab),
+        }
+    }
+}
+
 /// Chooses tokens with fixed parameters.
 #[derive(Clone, Debug)]
 pub struct Sampler {

@@ -1,7 +1,7 @@
 //! Order, selection and exponentials of logits.
 
 /// Logits in a chunk whose maximum is looked at first.
-const CHUNK: usize = 64;
+pub(super) const CHUNK: usize = 64;
 
 /// What a logit counts as: NaN is minus infinity, plus infinity the largest number.
 pub(super) fn clean(logit: f32) -> f32 {

@@ -7,6 +7,8 @@
 )]
 
 mod golden; // Against transformers.
+mod memory; // Steps that allocate nothing.
 mod same_answer; // Promise P4.
 mod sequences; // Admission, cancellation, ends.
+mod speculation; // Guesses change nothing.
 mod support;

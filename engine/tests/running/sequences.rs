@@ -68,7 +68,7 @@ fn more_sequences_than_fit_take_turns_and_cancelled_ones_give_their_pages_back()
         let request = request(&engine, "Tom had a ball", 20, SamplingParams::default());
         engine.submit(id, request).unwrap();
     }
-    let mut events = Vec::new();
+    let mut events = bitnetd_engine::StepEvents::new();
     engine.step(&mut events);
     assert!(engine.cancel(0), "a running one");
     assert!(engine.cancel(4), "a waiting one");
@@ -116,4 +116,42 @@ fn a_model_of_every_architecture_runs() {
         let (answer, _) = run(&mut engine).remove(&1).unwrap();
         assert_eq!(answer.tokens.len(), 6, "{}", architecture.name());
     }
+}
+
+#[test]
+fn a_long_prompt_does_not_hold_up_a_short_one_nor_the_other_way_round() {
+    let model = story_model();
+    let mut engine = engine(&model, &Setting { max_batch: 4, prefill_chunk: 8, ..Setting::default() });
+    let mut long = request(&engine, "x", 30, SamplingParams::default());
+    long.prompt = (300..500).collect();
+    long.ignore_eos = true;
+    engine.submit(0, long).unwrap();
+    let mut events = bitnetd_engine::StepEvents::new();
+    engine.step(&mut events);
+    let mut first_tokens = Vec::new();
+    for step in 1..200_u64 {
+        // Short prompts come all the time.
+        if engine.n_sequences() < 4 {
+            let mut short = request(&engine, "x", 3, SamplingParams::default());
+            let start = 600 + 20 * u32::try_from(step).unwrap();
+            short.prompt = (start..start + 6).collect();
+            short.ignore_eos = true;
+            engine.submit(step, short).unwrap();
+        }
+        engine.step(&mut events);
+        for (event, _) in events.drain() {
+            if let bitnetd_engine::EngineEvent::Token { id, index: 0, .. } = event {
+                first_tokens.push((id, step));
+            }
+        }
+        if first_tokens.iter().any(|(id, _)| *id == 0) {
+            break;
+        }
+    }
+    let of_long = first_tokens.iter().find(|(id, _)| *id == 0).expect("the long prompt starved").1;
+    assert!(of_long <= 200 / 4 + 2, "half of 8 tokens a step are its own: {of_long} steps");
+    let n_before = first_tokens.iter().filter(|(_, step)| *step < of_long).count();
+    assert!(n_before > 10, "{first_tokens:?}");
+    let longest_wait = first_tokens.iter().filter(|(id, _)| *id > 0).map(|(id, step)| step - id).max();
+    assert!(longest_wait.unwrap() <= 6, "{first_tokens:?}");
 }

@@ -11,8 +11,9 @@ use bitnetd_engine::model::Model;
 use bitnetd_engine::pool::Wait;
 use bitnetd_engine::sampler::SamplingParams;
 use bitnetd_engine::sequence::{SequenceRequest, Summary};
+use bitnetd_engine::speculation::Speculation;
 use bitnetd_engine::tokenizer::Special;
-use bitnetd_engine::{Engine, EngineEvent, EngineOptions};
+use bitnetd_engine::{Engine, EngineEvent, EngineOptions, StepEvents};
 
 /// What one sequence gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,11 +32,18 @@ pub(crate) struct Setting {
     pub(crate) n_threads: usize,
     pub(crate) max_batch: usize,
     pub(crate) prefill_chunk: usize,
+    pub(crate) speculation: Speculation,
 }
 
 impl Default for Setting {
     fn default() -> Self {
-        Self { kernels: KernelSet::detect(), n_threads: 1, max_batch: 4, prefill_chunk: 64 }
+        Self {
+            kernels: KernelSet::detect(),
+            n_threads: 1,
+            max_batch: 4,
+            prefill_chunk: 64,
+            speculation: Speculation::Always,
+        }
     }
 }
 
@@ -55,6 +63,7 @@ pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
         n_ctx: None,
         max_batch: setting.max_batch,
         prefill_chunk: setting.prefill_chunk,
+        speculation: setting.speculation,
     };
     Engine::new(Arc::clone(model), options).unwrap()
 }
@@ -91,15 +100,15 @@ pub(crate) fn seeded(seed: u64) -> SamplingParams {
 pub(crate) fn run(engine: &mut Engine) -> BTreeMap<u64, (Answer, Summary)> {
     let mut answers = BTreeMap::new();
     let mut open: BTreeMap<u64, Answer> = BTreeMap::new();
-    let mut events = Vec::new();
+    let mut events = StepEvents::new();
     while !engine.is_idle() {
         engine.step(&mut events);
-        for event in events.drain(..) {
+        for (event, text) in events.drain() {
             match event {
-                EngineEvent::Token { id, token, text, logprobs, .. } => {
+                EngineEvent::Token { id, token, logprobs, .. } => {
                     let answer = open.entry(id).or_insert_with(Answer::empty);
                     answer.tokens.push(token);
-                    answer.text.push_str(&text);
+                    answer.text.push_str(text);
                     answer.logprob_bits.extend(logprobs.map(|logprobs| logprobs.logprob.to_bits()));
                 }
                 EngineEvent::Finished { id, summary } => {

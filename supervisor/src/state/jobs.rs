@@ -326,7 +326,7 @@ impl State {
         let prompt_tokens = prompt_tokens_guess(&record.request.prompt);
         // With one worker there is nothing to choose.
         let prefixes =
-            (self.slots.len() > 1).then(|| Prefixes::of(&record.request.prompt)).unwrap_or_default();
+            if self.slots.len() > 1 { Prefixes::of(&record.request.prompt) } else { Prefixes::default() };
         let cost = |slot: &Slot| {
             let cached = slot.seen.n_tokens(&prefixes).min(prompt_tokens);
             let work = self.outstanding_tokens(slot) + prompt_tokens - cached;

@@ -1,0 +1,230 @@
+//! Whether what a configuration needs fits in memory, before any of it is taken.
+//!
+//! Counted are the model (once, all workers map the same) and, for each worker, keys and values at their fullest and
+//! its buffers. A context window that was asked for fits or is refused; the model's own is halved until it fits, since
+//! nobody asked for it. All workers are told the same numbers and so come to the same window.
+
+use std::fmt;
+
+use bitnetd_engine::kv::{KvShape, pages_for};
+use bitnetd_engine::model::HyperParams;
+use bitnetd_proto::worker_link::WorkerSetup;
+
+/// Of a worker, beside keys, values and logits.
+const BUFFERS_BYTES: u64 = 32 << 20;
+/// A window that nobody asked for is not made shorter than this.
+const CTX_MIN: usize = 512;
+
+/// A configuration that does not fit.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{workers} of {max_batch} sequences with {n_ctx} tokens need {} for keys and values, {} for buffers and {} for the model, \
+     {} in all; there are {}",
+    Size(*.kv_bytes), Size(*.buffers_bytes), Size(*.image_bytes), Size(*.needed_bytes), Size(*.memory_bytes),
+    workers = Workers(*.n_workers)
+)]
+pub(crate) struct DoesNotFit {
+    n_workers: u32,
+    max_batch: u32,
+    n_ctx: usize,
+    kv_bytes: u64,
+    buffers_bytes: u64,
+    image_bytes: u64,
+    needed_bytes: u64,
+    memory_bytes: u64,
+    /// The longest window that would fit, in steps of 256.
+    fitting_ctx: Option<usize>,
+}
+
+impl DoesNotFit {
+    /// What to do about it.
+    pub(crate) fn hint(&self) -> String {
+        let others = "`engine.max_batch` or the number of workers";
+        let known_better = "`engine.memory_mib` says how much may be taken if this is not what there is";
+        match self.fitting_ctx {
+            Some(ctx) => format!("set `engine.ctx` to {ctx} or less, or lower {others}; {known_better}"),
+            None => format!("lower {others}, or take a smaller model; {known_better}"),
+        }
+    }
+}
+
+/// Sizes of what is needed.
+#[derive(Clone, Copy, Debug)]
+struct Need<'a> {
+    hparams: &'a HyperParams,
+    setup: &'a WorkerSetup,
+    image_bytes: u64,
+}
+
+/// The context window in tokens to run with.
+pub(crate) fn context(
+    hparams: &HyperParams,
+    setup: &WorkerSetup,
+    image_bytes: u64,
+) -> Result<usize, DoesNotFit> {
+    let need = Need { hparams, setup, image_bytes };
+    let asked = usize::try_from(setup.ctx).ok().filter(|ctx| *ctx > 0);
+    let mut n_ctx = asked.unwrap_or(hparams.n_ctx);
+    while asked.is_none() && n_ctx / 2 >= CTX_MIN && !need.fits(n_ctx) {
+        n_ctx /= 2;
+    }
+    // A window beyond the model's is refused as such, later.
+    if need.fits(n_ctx) || n_ctx > hparams.n_ctx {
+        return Ok(n_ctx);
+    }
+    Err(need.refusal(n_ctx))
+}
+
+impl Need<'_> {
+    /// Of all workers.
+    fn kv_bytes(&self, n_ctx: usize) -> u64 {
+        let HyperParams { n_layers, n_kv_heads, head_dim, .. } = *self.hparams;
+        let n_pages = self.setup.max_batch as usize * pages_for(n_ctx);
+        let shape = KvShape { n_layers, n_kv_heads, head_dim, n_pages };
+        shape.bytes().saturating_mul(self.n_workers())
+    }
+
+    fn buffers_bytes(&self) -> u64 {
+        let logits = u64::from(self.setup.max_batch) * self.hparams.n_vocab as u64 * 4;
+        (BUFFERS_BYTES + logits).saturating_mul(self.n_workers())
+    }
+
+    fn n_workers(&self) -> u64 {
+        u64::from(self.setup.n_workers.max(1))
+    }
+
+    fn needed_bytes(&self, n_ctx: usize) -> u64 {
+        self.kv_bytes(n_ctx).saturating_add(self.buffers_bytes()).saturating_add(self.image_bytes)
+    }
+
+    /// An unknown amount of memory fits everything.
+    fn fits(&self, n_ctx: usize) -> bool {
+        self.setup.memory_bytes == 0 || self.needed_bytes(n_ctx) <= self.setup.memory_bytes
+    }
+
+    fn refusal(&self, n_ctx: usize) -> DoesNotFit {
+        let steps = (1..=n_ctx / 256).rev().map(|n| n * 256);
+        DoesNotFit {
+            n_workers: self.setup.n_workers.max(1),
+            max_batch: self.setup.max_batch,
+            n_ctx,
+            kv_bytes: self.kv_bytes(n_ctx),
+            buffers_bytes: self.buffers_bytes(),
+            image_bytes: self.image_bytes,
+            needed_bytes: self.needed_bytes(n_ctx),
+            memory_bytes: self.setup.memory_bytes,
+            fitting_ctx: steps.into_iter().find(|ctx| *ctx < n_ctx && self.fits(*ctx)),
+        }
+    }
+}
+
+/// Bytes for people.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    #[expect(clippy::cast_precision_loss, reason = "shown with a few digits")]
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = self.0 as f64 / f64::from(1 << 20);
+        if mib < 1024.0 { write!(f, "{mib:.0} MiB") } else { write!(f, "{:.1} GiB", mib / 1024.0) }
+    }
+}
+
+/// `1 worker`, `3 workers`.
+struct Workers(u32);
+
+impl fmt::Display for Workers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} worker{}", self.0, if self.0 == 1 { "" } else { "s" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 2B-4T: 75 KiB for keys and values of a token.
+    fn hparams() -> HyperParams {
+        let gguf = bitnetd_engine::gguf::Gguf::parse(std::sync::Arc::new(
+            bitnetd_engine::mapping::Mapping::open(
+                &std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/story.gguf"),
+            )
+            .unwrap(),
+        ))
+        .unwrap();
+        let story = bitnetd_engine::model::Model::load(std::sync::Arc::new(gguf)).unwrap();
+        HyperParams {
+            n_layers: 30,
+            n_kv_heads: 5,
+            head_dim: 128,
+            n_vocab: 128_256,
+            n_ctx: 4096,
+            ..story.hparams().clone()
+        }
+    }
+
+    fn setup(n_workers: u32, max_batch: u32, ctx: u32, memory_bytes: u64) -> WorkerSetup {
+        WorkerSetup {
+            slot: 0,
+            cpus: vec![0],
+            model_name: "m".into(),
+            ctx,
+            max_batch,
+            prefill_chunk: 256,
+            isa: "auto".into(),
+            head: "auto".into(),
+            kv_type: "f16".into(),
+            wait: "hybrid".into(),
+            huge_pages: "auto".into(),
+            speculation: "auto".into(),
+            n_workers,
+            memory_bytes,
+        }
+    }
+
+    const IMAGE: u64 = 1_185_000_000;
+
+    #[test]
+    fn what_was_asked_for_fits_or_is_refused_in_numbers() {
+        let hparams = hparams();
+        assert_eq!(context(&hparams, &setup(1, 8, 4096, 4 << 30), IMAGE), Ok(4096));
+        let refusal = context(&hparams, &setup(3, 8, 4096, 6 << 30), IMAGE).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "3 workers of 8 sequences with 4096 tokens need 7.0 GiB for keys and values, 108 MiB for buffers and 1.1 GiB \
+             for the model, 8.2 GiB in all; there are 6.0 GiB"
+        );
+        let hint = refusal.hint();
+        assert!(hint.starts_with("set `engine.ctx` to 2560 or less"), "{hint}");
+        // And the hint holds.
+        assert_eq!(context(&hparams, &setup(3, 8, 2560, 6 << 30), IMAGE), Ok(2560));
+        assert!(context(&hparams, &setup(3, 8, 2816, 6 << 30), IMAGE).is_err());
+    }
+
+    #[test]
+    fn exactly_enough_is_enough() {
+        let hparams = hparams();
+        let needed = context(&hparams, &setup(2, 4, 1024, 1), IMAGE).unwrap_err().needed_bytes;
+        assert_eq!(context(&hparams, &setup(2, 4, 1024, needed), IMAGE), Ok(1024));
+        assert!(context(&hparams, &setup(2, 4, 1024, needed - 1), IMAGE).is_err());
+    }
+
+    #[test]
+    fn a_window_that_nobody_asked_for_is_halved_until_it_fits() {
+        let hparams = hparams();
+        assert_eq!(context(&hparams, &setup(3, 8, 0, 9 << 30), IMAGE), Ok(4096));
+        assert_eq!(context(&hparams, &setup(3, 8, 0, 6 << 30), IMAGE), Ok(2048));
+        assert_eq!(context(&hparams, &setup(3, 8, 0, 5 << 29), IMAGE), Ok(512));
+        let refusal = context(&hparams, &setup(3, 8, 0, 1 << 30), IMAGE).unwrap_err();
+        assert!(refusal.hint().starts_with("lower `engine.max_batch`"), "{}", refusal.hint());
+    }
+
+    #[test]
+    fn where_nothing_is_known_nothing_is_refused() {
+        assert_eq!(context(&hparams(), &setup(99, 256, 0, 0), IMAGE), Ok(4096));
+        assert_eq!(
+            context(&hparams(), &setup(1, 8, 9000, 0), IMAGE),
+            Ok(9000),
+            "too long for the model: said later"
+        );
+    }
+}
