@@ -7,6 +7,7 @@
 
 mod answer; // One answer as it arrives.
 mod batch; // Many answers.
+mod bench; // How fast, and how near to the machine's limit.
 mod config_cmd; // `config check|show`.
 mod control; // `status`, `metrics`, `drain`, `restart`, `reload`.
 mod daemon; // A running daemon, through its socket.
@@ -102,6 +103,8 @@ enum Command {
     },
     /// Show the machine, which worker gets what of it, and why
     Topology(topology::TopologyArgs),
+    /// Measure how fast this machine answers, and how near that is to its limit
+    Bench(bench::BenchArgs),
     /// Check the configuration, or print the effective one
     Config(config_cmd::ConfigArgs),
     /// Print a completion script for a shell
@@ -128,6 +131,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Reload(args) => control::reload(&args),
         Command::Worker { .. } => Ok(bitnetd_worker::run()),
         Command::Topology(args) => topology::main(&args),
+        Command::Bench(args) => bench::main(&args, &cli.log),
         Command::Config(args) => config_cmd::main(&args),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::man(&args, Cli::command()),

@@ -1,0 +1,221 @@
+//! Runs jobs on a worker of one size and times what comes back.
+
+use std::time::Instant;
+
+use bitnetd_config::Config;
+use bitnetd_proto::event::Done;
+use bitnetd_proto::request::{GenerateRequest, Prompt};
+use tokio::task::LocalSet;
+
+use super::bounds::Bounds;
+use super::{Rate, Report};
+use crate::answer::{AnswerEvent, Source as _};
+use crate::error::CliError;
+use crate::local::{Local, LocalJob};
+
+/// Tokens in the prompts of answers that are timed.
+const SHORT_PROMPT: u32 = 8;
+
+/// What is measured with each number of threads.
+#[derive(Clone, Debug)]
+pub(super) struct Setup {
+    pub(super) sequences: Vec<usize>,
+    pub(super) prompt_tokens: u32,
+    pub(super) answer_tokens: u32,
+    pub(super) repeats: u16,
+}
+
+/// Measures everything with one worker and adds it to the report.
+pub(super) async fn run(
+    config: Config,
+    bounds: Bounds,
+    setup: &Setup,
+    report: &mut Option<Report>,
+    note: impl Fn(&str),
+) -> Result<(), CliError> {
+    let (prefill, decode, local) = Local::with(config, async |local| {
+        let mut tokens = Tokens::below(local.model.n_vocab);
+        note("reading a prompt");
+        let prefill = prefill(&local, setup, &mut tokens).await?;
+        let mut decode = Vec::new();
+        for n in &setup.sequences {
+            note(&format!("{n} answers together"));
+            decode.push((*n, self::decode(&local, setup, *n, &mut tokens).await?));
+        }
+        Ok((prefill, decode, local))
+    })
+    .await?;
+    let model = &local.model;
+    let report = report.get_or_insert_with(|| Report {
+        program: concat!("bitnetd ", env!("CARGO_PKG_VERSION")),
+        model: model.name.clone(),
+        head: model.head.clone(),
+        isa: model.isa.clone(),
+        step_bytes: model.step_bytes,
+        token_macs: model.token_macs,
+        head_macs: model.head_macs,
+        prompt_tokens: setup.prompt_tokens,
+        answer_tokens: setup.answer_tokens,
+        repeats: setup.repeats,
+        bounds: Vec::new(),
+        prefill: Vec::new(),
+        decode: Vec::new(),
+    });
+    let n_rows = usize::try_from(setup.prompt_tokens).unwrap_or(usize::MAX);
+    let bound = bounds.tokens_per_s(model.step_bytes, model.token_macs, n_rows);
+    report.prefill.push(rate(&bounds, 1, prefill, bound));
+    for (n, runs) in decode {
+        let bound = bounds.tokens_per_s(model.step_bytes, model.token_macs + model.head_macs, n);
+        report.decode.push(rate(&bounds, n, runs, bound));
+    }
+    report.bounds.push(bounds);
+    Ok(())
+}
+
+fn rate(bounds: &Bounds, sequences: usize, runs: Vec<f64>, bound: (f64, super::BoundBy)) -> Rate {
+    let tokens_per_s = median(&runs);
+    let (bound_tokens_per_s, bound_by) = bound;
+    Rate {
+        threads: bounds.threads,
+        sequences,
+        tokens_per_s,
+        runs,
+        bound_tokens_per_s,
+        bound_by,
+        share_of_bound: tokens_per_s / bound_tokens_per_s,
+    }
+}
+
+/// The middle one; of an even number the mean of the two in the middle.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match (sorted.get(middle.wrapping_sub(1)), sorted.get(middle)) {
+        (Some(a), Some(b)) if sorted.len().is_multiple_of(2) => (a + b) / 2.0,
+        (_, Some(b)) => *b,
+        _ => 0.0,
+    }
+}
+
+/// Prompt tokens a second.
+async fn prefill(local: &Local, setup: &Setup, tokens: &mut Tokens) -> Result<Vec<f64>, CliError> {
+    // The first steps are short: how fast the machine is, the worker learns from them. And pages are touched first.
+    for _ in 0..2 {
+        follow(start(local, tokens.prompt(setup.prompt_tokens), 1).await?).await?;
+    }
+    let mut runs = Vec::new();
+    for _ in 0..setup.repeats {
+        let (_, done) = follow(start(local, tokens.prompt(setup.prompt_tokens), 1).await?).await?;
+        runs.push(f64::from(setup.prompt_tokens) / done.timings.prefill_s.max(1e-9));
+    }
+    Ok(runs)
+}
+
+/// Tokens a second of `n` answers together, while all of them are being generated.
+async fn decode(local: &Local, setup: &Setup, n: usize, tokens: &mut Tokens) -> Result<Vec<f64>, CliError> {
+    let mut runs = Vec::new();
+    for _ in 0..setup.repeats {
+        let mut jobs = Vec::new();
+        for _ in 0..n {
+            jobs.push(start(local, tokens.prompt(SHORT_PROMPT), setup.answer_tokens).await?);
+        }
+        let all = LocalSet::new();
+        let following: Vec<_> = jobs.into_iter().map(|job| all.spawn_local(follow(job))).collect();
+        let arrivals = all
+            .run_until(async {
+                let mut arrivals = Vec::new();
+                for job in following {
+                    let followed = job.await.map_err(|error| {
+                        CliError::new(bitnetd_proto::exit_code::ExitCode::Software, error)
+                    })?;
+                    arrivals.push(followed?.0);
+                }
+                Ok::<_, CliError>(arrivals)
+            })
+            .await?;
+        runs.push(common_rate(&arrivals));
+    }
+    Ok(runs)
+}
+
+/// Arrivals a second from the moment every job has its first until one has its last.
+#[expect(clippy::cast_precision_loss, reason = "a rate, good to a few digits")]
+fn common_rate(arrivals: &[Vec<Instant>]) -> f64 {
+    let begin = arrivals.iter().filter_map(|job| job.first()).max();
+    let end = arrivals.iter().filter_map(|job| job.last()).min();
+    let (Some(begin), Some(end)) = (begin, end) else { return 0.0 };
+    let n = arrivals.iter().flatten().filter(|at| *at > begin && *at <= end).count();
+    n as f64 / end.saturating_duration_since(*begin).as_secs_f64().max(1e-9)
+}
+
+async fn start(local: &Local, prompt: Vec<u32>, max_tokens: u32) -> Result<LocalJob, CliError> {
+    let request =
+        GenerateRequest { max_tokens, ignore_eos: true, ..GenerateRequest::new(Prompt::Tokens(prompt)) };
+    local.start(request).await
+}
+
+/// When each token came, and the end.
+async fn follow(mut job: LocalJob) -> Result<(Vec<Instant>, Done), CliError> {
+    let mut arrivals = Vec::new();
+    loop {
+        match job.next().await? {
+            AnswerEvent::Accepted { .. } => {}
+            AnswerEvent::Token(_) => arrivals.push(Instant::now()),
+            AnswerEvent::Done(done) => return Ok((arrivals, done)),
+        }
+    }
+}
+
+/// Random tokens, the same in every run (a linear congruential sequence; Knuth's constants).
+struct Tokens {
+    state: u64,
+    n_vocab: u64,
+}
+
+impl Tokens {
+    fn below(n_vocab: u32) -> Self {
+        Self { state: 1, n_vocab: u64::from(n_vocab.max(1)) }
+    }
+
+    fn prompt(&mut self, n: u32) -> Vec<u32> {
+        let next = |_| {
+            self.state =
+                self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            u32::try_from((self.state >> 33) % self.n_vocab).unwrap_or(0)
+        };
+        (0..n).map(next).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn only_the_time_in_which_all_generate_counts() {
+        let zero = Instant::now();
+        let at = |ms: &[u64]| ms.iter().map(|ms| zero + Duration::from_millis(*ms)).collect::<Vec<_>>();
+        // From 20 to 40: two tokens of the first, one of the second.
+        let rate = common_rate(&[at(&[10, 20, 30, 40]), at(&[20, 35, 50])]);
+        assert!((rate - 150.0).abs() < 1e-6, "{rate}");
+        assert_eq!(common_rate(&[Vec::new()]), 0.0);
+    }
+
+    #[test]
+    fn prompts_differ_and_stay_in_the_vocabulary() {
+        let mut tokens = Tokens::below(100);
+        let (a, b) = (tokens.prompt(64), tokens.prompt(64));
+        assert_ne!(a, b);
+        assert!(a.iter().chain(&b).all(|token| *token < 100));
+    }
+}
