@@ -88,7 +88,19 @@ impl DenseRows<'_> {
     fn of<L: Lanes, F: RowReader>(&self, lanes: L) {
         let n = self.x.len() / self.w.n_cols();
         let mut row = self.rows.start;
-        // One token is bound by reading, and memory reads one sequence of lines faster than four.
+        // One row's chain of additions alone is slower than memory. But memory reads few sequences of lines faster
+        // than many.
+        if n == 1 && F::IS_PACKED {
+            while row + 4 <= self.rows.end {
+                self.tile::<L, F, 4, 1>(lanes, row, 0);
+                row += 4;
+            }
+        } else if n == 1 {
+            while row + 2 <= self.rows.end {
+                self.tile::<L, F, 2, 1>(lanes, row, 0);
+                row += 2;
+            }
+        }
         while n > 1 && row + 4 <= self.rows.end {
             let mut token = 0;
             if L::IS_WIDE {
@@ -152,17 +164,23 @@ impl DenseRows<'_> {
             *x = &self.x[(token + t) * n_cols..][..n_cols];
         }
         let mut acc = [[lanes.splat(0.0); T]; R];
-        for pair in 0..n_pairs {
-            let mut x_pair = [[lanes.splat(0.0); 2]; T];
-            for t in 0..T {
-                let x = xs[t][pair * 32..][..32].as_chunks::<16>().0;
-                x_pair[t] = [lanes.load(&x[0]), lanes.load(&x[1])];
-            }
-            for r in 0..R {
-                lanes.prefetch(next[r], pair * step);
-                let [a, b] = F::pair(lanes, rows[r], pair);
+        for first_pair in (0..n_pairs).step_by(F::BLOCK_PAIRS) {
+            let blocks: [F::Block; R] =
+                std::array::from_fn(|r| F::block(lanes, rows[r], first_pair / F::BLOCK_PAIRS));
+            for pair in first_pair..n_pairs.min(first_pair + F::BLOCK_PAIRS) {
+                let mut x_pair = [[lanes.splat(0.0); 2]; T];
                 for t in 0..T {
-                    acc[r][t] = lanes.fma(b, x_pair[t][1], lanes.fma(a, x_pair[t][0], acc[r][t]));
+                    let x = xs[t][pair * 32..][..32].as_chunks::<16>().0;
+                    x_pair[t] = [lanes.load(&x[0]), lanes.load(&x[1])];
+                }
+                for r in 0..R {
+                    if pair % F::LINE_PAIRS == 0 {
+                        lanes.prefetch(next[r], pair * step);
+                    }
+                    let [a, b] = F::pair(lanes, rows[r], &blocks[r], pair);
+                    for t in 0..T {
+                        acc[r][t] = lanes.fma(b, x_pair[t][1], lanes.fma(a, x_pair[t][0], acc[r][t]));
+                    }
                 }
             }
         }

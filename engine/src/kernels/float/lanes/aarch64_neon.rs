@@ -84,15 +84,9 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn load_nibbles(self, v: &[u8; 16]) -> [Quad; 2] {
+    fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [Quad; 2] {
         // SAFETY: `self` proves the feature.
-        unsafe { load_nibbles(v) }
-    }
-
-    #[inline(always)]
-    fn load_six_bits(self, low: &[u8; 32], shift: u32, high: &[u8; 32], pair_shift: u32) -> [Quad; 2] {
-        // SAFETY: `self` proves the feature.
-        unsafe { load_six_bits(low, shift, high, pair_shift) }
+        unsafe { scaled_nibbles(v, scale) }
     }
 
     #[inline(always)]
@@ -236,27 +230,14 @@ fn load_i8(v: &[u8; 32]) -> [Quad; 2] {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn load_nibbles(v: &[u8; 16]) -> [Quad; 2] {
+fn scaled_nibbles(v: &[u8; 16], scale: f32) -> [Quad; 2] {
+    let scale = splat(scale);
     let v = load_128(v);
     let centred = |v: uint8x16_t| vsubq_s8(vreinterpretq_s8_u8(v), vdupq_n_s8(8));
-    [widen_i8(centred(vandq_u8(v, vdupq_n_u8(15)))), widen_i8(centred(vshrq_n_u8::<4>(v)))]
-}
-
-#[inline]
-#[target_feature(enable = "neon")]
-fn load_six_bits(low: &[u8; 32], shift: u32, high: &[u8; 32], pair_shift: u32) -> [Quad; 2] {
-    // A shift to the left by a negative number is one to the right.
-    let [shift, pair_shift] =
-        [shift, pair_shift].map(|shift| vdupq_n_s8(-(shift.to_le_bytes()[0].cast_signed())));
-    let (low, high) = (load_256(low), load_256(high));
-    let mut out = [splat(0.0); 2];
-    for i in 0..2 {
-        let low = vandq_u8(vshlq_u8(low[i], shift), vdupq_n_u8(15));
-        let high = vandq_u8(vshlq_u8(high[i], pair_shift), vdupq_n_u8(3));
-        let code = vorrq_u8(low, vshlq_n_u8::<4>(high));
-        out[i] = widen_i8(vsubq_s8(vreinterpretq_s8_u8(code), vdupq_n_s8(32)));
-    }
-    out
+    [
+        mul(widen_i8(centred(vandq_u8(v, vdupq_n_u8(15)))), scale),
+        mul(widen_i8(centred(vshrq_n_u8::<4>(v))), scale),
+    ]
 }
 
 #[inline]

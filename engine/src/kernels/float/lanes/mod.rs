@@ -37,10 +37,8 @@ pub(crate) trait Lanes: Copy {
     fn load_bf16_bytes(self, v: &[u8; 32]) -> Self::V;
     /// Signed bytes, exactly.
     fn load_i8(self, v: &[u8; 32]) -> [Self::V; 2];
-    /// The 16 low nibbles minus 8, then the 16 high nibbles minus 8, exactly.
-    fn load_nibbles(self, v: &[u8; 16]) -> [Self::V; 2];
-    /// Six-bit codes minus 32, exactly: nibbles `low >> shift & 15`, upper bits `high >> pair_shift & 3`.
-    fn load_six_bits(self, low: &[u8; 32], shift: u32, high: &[u8; 32], pair_shift: u32) -> [Self::V; 2];
+    /// The 16 low nibbles, then the 16 high ones, each minus 8 (exactly) and times `scale`.
+    fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [Self::V; 2];
     /// A hint that `bytes[at]` will be read soon. Nothing happens if it does not exist.
     fn prefetch(self, bytes: &[u8], at: usize);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;

@@ -59,14 +59,9 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
-    fn load_nibbles(self, v: &[u8; 16]) -> [[f32; 16]; 2] {
-        [v.map(|b| f32::from(b & 15) - 8.0), v.map(|b| f32::from(b >> 4) - 8.0)]
-    }
-
-    #[inline(always)]
-    fn load_six_bits(self, low: &[u8; 32], shift: u32, high: &[u8; 32], pair_shift: u32) -> [[f32; 16]; 2] {
-        let code = |i: usize| (low[i] >> shift & 15) | (high[i] >> pair_shift & 3) << 4;
-        [0, 16].map(|at| std::array::from_fn(|i| f32::from(code(at + i)) - 32.0))
+    fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [[f32; 16]; 2] {
+        let scaled = |nibble: u8| (f32::from(nibble) - 8.0) * scale;
+        [v.map(|b| scaled(b & 15)), v.map(|b| scaled(b >> 4))]
     }
 
     #[inline(always)]

@@ -83,15 +83,9 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn load_nibbles(self, v: &[u8; 16]) -> [Pair; 2] {
+    fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [Pair; 2] {
         // SAFETY: `self` proves the features.
-        unsafe { load_nibbles(v) }
-    }
-
-    #[inline(always)]
-    fn load_six_bits(self, low: &[u8; 32], shift: u32, high: &[u8; 32], pair_shift: u32) -> [Pair; 2] {
-        // SAFETY: `self` proves the features.
-        unsafe { load_six_bits(low, shift, high, pair_shift) }
+        unsafe { scaled_nibbles(v, scale) }
     }
 
     #[inline(always)]
@@ -232,25 +226,14 @@ fn load_i8(v: &[u8; 32]) -> [Pair; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_nibbles(v: &[u8; 16]) -> [Pair; 2] {
+fn scaled_nibbles(v: &[u8; 16], scale: f32) -> [Pair; 2] {
+    let scale = splat(scale);
     let v = load_128(v);
     let mask = _mm_set1_epi8(15);
     let eight = _mm_set1_epi8(8);
     let low = _mm_sub_epi8(_mm_and_si128(v, mask), eight);
     let high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16::<4>(v), mask), eight);
-    [widen_i8(low), widen_i8(high)]
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn load_six_bits(low: &[u8; 32], shift: u32, high: &[u8; 32], pair_shift: u32) -> [Pair; 2] {
-    let shift = _mm_cvtsi32_si128(shift.cast_signed());
-    let pair_shift = _mm_cvtsi32_si128(pair_shift.cast_signed());
-    let low = _mm256_and_si256(_mm256_srl_epi16(load_256(low), shift), _mm256_set1_epi8(15));
-    let high = _mm256_and_si256(_mm256_srl_epi16(load_256(high), pair_shift), _mm256_set1_epi8(3));
-    let code = _mm256_or_si256(low, _mm256_slli_epi16::<4>(high));
-    let code = _mm256_sub_epi8(code, _mm256_set1_epi8(32));
-    [widen_i8(_mm256_castsi256_si128(code)), widen_i8(_mm256_extracti128_si256::<1>(code))]
+    [mul(widen_i8(low), scale), mul(widen_i8(high), scale)]
 }
 
 #[inline]

@@ -33,10 +33,7 @@ impl LanesTask for Everything<'_> {
             lanes.splat(lanes.sum(a)),
         ];
         vectors.extend(lanes.load_i8(&bytes[0]));
-        vectors.extend(lanes.load_nibbles(&nibbles[3]));
-        for (shift, pair_shift) in [(0, 0), (0, 2), (4, 4), (4, 6)] {
-            vectors.extend(lanes.load_six_bits(&bytes[0], shift, &bytes[1], pair_shift));
-        }
+        vectors.extend(lanes.scaled_nibbles(&nibbles[3], self.0[0]));
         let mut out = vec![[0.0; 16]; vectors.len()];
         for (v, out) in vectors.into_iter().zip(&mut out) {
             lanes.store(v, out);
