@@ -15,7 +15,7 @@
 use std::cell::Cell;
 
 use bitnetd_engine::kernels::ternary::{MatmulJob, QuantizedRows, Store};
-use bitnetd_engine::kernels::{KernelSet, probe};
+use bitnetd_engine::kernels::{Isa, KernelSet, probe};
 use bitnetd_engine::pool::{PoolOptions, ThreadPool, Wait};
 use bitnetd_engine::ternary::{TernaryFormat, TernaryMatrix, i2_s_trailer};
 use divan::Bencher;
@@ -31,12 +31,14 @@ const THREADS: [usize; 2] = [1, 2];
 
 fn main() {
     let bytes = vec![0x24; WEIGHTS_BYTES];
-    for n_threads in THREADS {
-        let (kernels, pool) = (KernelSet::detect(), pool(n_threads));
-        let read = probe::read_bandwidth(kernels, &pool, &bytes) / 1e9;
-        let multiply = probe::integer_peak(kernels, &pool) / 1e9;
-        let isa = kernels.isa();
-        println!("{isa}, {n_threads} threads: reads {read:.1} GB/s, multiplies {multiply:.0} G/s");
+    for kernels in KernelSet::all_present() {
+        for n_threads in THREADS {
+            let pool = pool(n_threads);
+            let read = probe::read_bandwidth(kernels, &pool, &bytes) / 1e9;
+            let multiply = probe::integer_peak(kernels, &pool) / 1e9;
+            let isa = kernels.isa();
+            println!("{isa}, {n_threads} threads: reads {read:.1} GB/s, multiplies {multiply:.0} G/s");
+        }
     }
     drop(bytes);
     divan::main();
@@ -57,14 +59,30 @@ fn i2_s_prefill<const N_THREADS: usize>(bencher: Bencher<'_, '_>, shape: (usize,
     matmul(bencher, TernaryFormat::I2S, shape, 512, N_THREADS);
 }
 
-#[divan::bench(args = [TernaryFormat::Tq2_0, TernaryFormat::Tq1_0])]
-fn block_scales_decode(bencher: Bencher<'_, '_>, format: TernaryFormat) {
-    matmul(bencher, format, (6912, 2560), 1, 1);
+#[divan::bench(args = [TernaryFormat::Tq2_0, TernaryFormat::Tq1_0], consts = THREADS)]
+fn block_scales_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, format: TernaryFormat) {
+    matmul(bencher, format, (6912, 2560), 1, N_THREADS);
 }
 
-#[divan::bench(args = [TernaryFormat::Tq2_0, TernaryFormat::Tq1_0], sample_count = 20)]
-fn block_scales_prefill(bencher: Bencher<'_, '_>, format: TernaryFormat) {
-    matmul(bencher, format, (6912, 2560), 512, 1);
+#[divan::bench(args = [TernaryFormat::Tq2_0, TernaryFormat::Tq1_0], consts = THREADS, sample_count = 20)]
+fn block_scales_prefill<const N_THREADS: usize>(bencher: Bencher<'_, '_>, format: TernaryFormat) {
+    matmul(bencher, format, (6912, 2560), 512, N_THREADS);
+}
+
+/// Every instruction set but the best one, which is what the others measure; one thread.
+#[divan::bench(args = narrower_sets(), sample_count = 20)]
+fn narrower_decode(bencher: Bencher<'_, '_>, isa: Isa) {
+    matmul_with(bencher, isa, TernaryFormat::I2S, (6912, 2560), [1, 1]);
+}
+
+#[divan::bench(args = narrower_sets(), sample_count = 10)]
+fn narrower_prefill(bencher: Bencher<'_, '_>, isa: Isa) {
+    matmul_with(bencher, isa, TernaryFormat::I2S, (6912, 2560), [64, 1]);
+}
+
+fn narrower_sets() -> Vec<Isa> {
+    let is_vector = |isa: &Isa| ![Isa::Scalar, KernelSet::detect().isa()].contains(isa);
+    KernelSet::all_present().map(KernelSet::isa).filter(is_vector).collect()
 }
 
 /// What handing a task to every thread and waiting for them costs.
@@ -77,11 +95,22 @@ fn fork_and_join(bencher: Bencher<'_, '_>, n_threads: usize) {
 fn matmul(
     bencher: Bencher<'_, '_>,
     format: TernaryFormat,
-    (n_rows, n_cols): (usize, usize),
+    shape: (usize, usize),
     n_tokens: usize,
     n_threads: usize,
 ) {
-    let (kernels, pool) = (KernelSet::detect(), pool(n_threads));
+    matmul_with(bencher, KernelSet::detect().isa(), format, shape, [n_tokens, n_threads]);
+}
+
+fn matmul_with(
+    bencher: Bencher<'_, '_>,
+    isa: Isa,
+    format: TernaryFormat,
+    (n_rows, n_cols): (usize, usize),
+    [n_tokens, n_threads]: [usize; 2],
+) {
+    let (kernels, pool) =
+        (KernelSet::for_isa(isa).expect("an instruction set that was found"), pool(n_threads));
     let n_bytes = format.n_bytes(n_rows, n_cols).unwrap();
     let mut weights = vec![0x24; WEIGHTS_BYTES / n_bytes * n_bytes];
     for matrix in weights.chunks_exact_mut(n_bytes) {

@@ -20,7 +20,7 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
-    /// The same with 256-bit `vpdpbusd` in the VEX encoding.
+    /// The same with 256-bit `vpdpbusd`: AVX-VNNI, or AVX-512 VNNI and VL, which have the same in another encoding.
     AvxVnni,
     /// AVX-512 F, BW, VL and VNNI.
     Avx512Vnni,
@@ -73,20 +73,22 @@ impl FromStr for Isa {
 pub struct KernelSet {
     // Invariant: `for_isa` saw this instruction set on the running CPU.
     isa: Isa,
+    // Invariant: only if `for_isa` saw AVX-VNNI on the running CPU.
+    has_vex_vnni: bool,
 }
 
 impl KernelSet {
     /// The kernels of `isa`, if the running CPU has it and kernels are written for it.
     #[must_use]
     pub fn for_isa(isa: Isa) -> Option<Self> {
-        is_present(isa).then_some(Self { isa })
+        is_present(isa).then_some(Self { isa, has_vex_vnni: has_vex_vnni() })
     }
 
     /// The best kernels the running CPU has.
     #[must_use]
     pub fn detect() -> Self {
         let best = Isa::ALL.into_iter().rev().find_map(Self::for_isa);
-        best.unwrap_or(Self { isa: Isa::Scalar })
+        best.unwrap_or(Self { isa: Isa::Scalar, has_vex_vnni: false })
     }
 
     /// Every set the running CPU has, worst first.
@@ -101,23 +103,28 @@ impl KernelSet {
     }
 }
 
+/// Whether 256-bit `vpdpbusd` can be had without AVX-512.
+fn has_vex_vnni() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avxvnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 #[cfg(target_arch = "x86_64")]
 fn is_present(isa: Isa) -> bool {
     let has_avx2 = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
+    let has_avx512 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni");
     match isa {
         Isa::Scalar => true,
         Isa::Avx2 => has_avx2,
-        // No kernels are written for it yet; its CPUs take the AVX2 ones.
-        Isa::AvxVnni => false,
-        Isa::Avx512Vnni => {
-            has_avx2
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni")
-        }
+        Isa::AvxVnni => has_avx2 && (has_vex_vnni() || has_avx512),
+        Isa::Avx512Vnni => has_avx2 && has_avx512,
         Isa::Neon | Isa::NeonDotprod => false,
     }
 }

@@ -83,9 +83,9 @@ fn ratio(amount: usize, duration: Duration) -> f64 {
 /// Reads every cache line.
 fn read(kernels: KernelSet, bytes: &[u8]) {
     match kernels.isa {
-        // SAFETY: `isa` is `Avx2` only if `for_isa` saw AVX2 on this CPU.
+        // SAFETY: `isa` is one of these only if `for_isa` saw AVX2 on this CPU.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { x86::read_256(bytes) },
+        Isa::Avx2 | Isa::AvxVnni => unsafe { x86::read_256(bytes) },
         // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 on this CPU.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { x86::read_512(bytes) },
@@ -104,6 +104,12 @@ fn multiply(kernels: KernelSet, n_steps: usize) -> usize {
         // SAFETY: `isa` is `Avx2` only if `for_isa` saw AVX2 on this CPU.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::multiply_avx2(n_steps) },
+        // SAFETY: `isa` is `AvxVnni` only if `for_isa` saw AVX2, and AVX-VNNI as asked.
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni if kernels.has_vex_vnni => unsafe { x86::multiply_vex(n_steps) },
+        // SAFETY: without AVX-VNNI, `isa` is `AvxVnni` only if `for_isa` saw AVX-512 VL and VNNI as well.
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => unsafe { x86::multiply_evex(n_steps) },
         // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F and VNNI on this CPU.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { x86::multiply_avx512(n_steps) },
@@ -179,6 +185,34 @@ mod x86 {
                 // SAFETY: no instruction at all; it keeps the compiler from using the last product again.
                 unsafe { asm!("/* {0} */", inout(ymm_reg) codes, options(nomem, nostack, preserves_flags)) };
                 *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes, values));
+            }
+        }
+        black_box(sums);
+        N_SUMS * 32
+    }
+
+    #[target_feature(enable = "avx2,avxvnni")]
+    pub(super) fn multiply_vex(n_steps: usize) -> usize {
+        let codes = black_box(_mm256_set1_epi8(1));
+        let values = black_box(_mm256_set1_epi8(3));
+        let mut sums = [_mm256_setzero_si256(); N_SUMS];
+        for _ in 0..n_steps {
+            for sum in &mut sums {
+                *sum = _mm256_dpbusd_avx_epi32(*sum, codes, values);
+            }
+        }
+        black_box(sums);
+        N_SUMS * 32
+    }
+
+    #[target_feature(enable = "avx2,avx512f,avx512vl,avx512vnni")]
+    pub(super) fn multiply_evex(n_steps: usize) -> usize {
+        let codes = black_box(_mm256_set1_epi8(1));
+        let values = black_box(_mm256_set1_epi8(3));
+        let mut sums = [_mm256_setzero_si256(); N_SUMS];
+        for _ in 0..n_steps {
+            for sum in &mut sums {
+                *sum = _mm256_dpbusd_epi32(*sum, codes, values);
             }
         }
         black_box(sums);

@@ -103,6 +103,7 @@ fn tokens<P: Products, const REVERSED: bool, const N: usize>(
 ) {
     let values: [&[Line]; N] = std::array::from_fn(|token| acts.lines(first_token + token));
     let n_blocks = job.rows.n_blocks();
+    assert!(!(job.has_block_scales() && job.rows.has_half()), "scales in whole blocks");
     let mut dots = [[0; TILE_ROWS]; N];
     let mut sums = [[0.0_f32; TILE_ROWS]; N];
     for first in (0..TILE_ROWS).step_by(QUAD) {
@@ -113,10 +114,12 @@ fn tokens<P: Products, const REVERSED: bool, const N: usize>(
             }
             continue;
         }
+        let starts = job.rows.starts::<QUAD>(tile + first);
         for block in 0..n_blocks {
             let quad = quad::<P, REVERSED, N>(products, codes, first, &values, block..block + 1);
+            // SAFETY: the rows have this block with a scale, as `has_block_scales` says.
             let scales =
-                job.block_scales::<QUAD>(tile + first, block).map(|bits| f16::from_bits(bits).to_f32_const());
+                unsafe { job.block_scales(&starts, block) }.map(|bits| f16::from_bits(bits).to_f32_const());
             for (token, (sums, dots)) in sums.iter_mut().zip(quad).enumerate() {
                 let block_sum = acts.block_sums(first_token + token)[block];
                 for ((sum, dot), scale) in sums[first..].iter_mut().zip(dots).zip(scales) {

@@ -1,9 +1,10 @@
-//! AVX2: products of codes and values are added in pairs to 16 bits, and widened before they could overflow.
+//! 256-bit registers: AVX2, and `vpdpbusd` where the CPU has it.
 //!
 //! Four rows at a time. One token is multiplied with codes straight out of memory; for more, 16 rows are
-//! unpacked once, and two tokens share every load of codes.
+//! unpacked once, and a few tokens share every load of codes. Only the instruction that adds up products differs
+//! ([`Products`]); everything around it is inlined into a function compiled for each.
 
-#![expect(unsafe_code, reason = "pointer loads, and rows of an output that threads share")]
+#![expect(unsafe_code, reason = "vector instructions, and rows of an output that threads share")]
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -12,19 +13,101 @@ use super::packed::{PackedRows, RowsJob};
 use super::quantized_rows::{BLOCK_LINES, Line};
 use super::{QuantizedRows, TILE_ROWS, TokenScale};
 
-/// Tokens that share a load of codes.
-const TOKENS_MAX: usize = 2;
-
 /// Rows that share a load of values.
 const QUAD: usize = 4;
 
-/// Blocks of 256 columns that are added up in 16 bits: each adds 8 pairs of at most `2 * 3 * 128`.
-const NARROW_BLOCKS: usize = 4;
-
-const _: () = assert!(NARROW_BLOCKS * 8 * 2 * 3 * 128 <= i16::MAX as usize);
-
 /// How far ahead weights are fetched into the L2 cache: see the AVX-512 path.
 const PREFETCH_BYTES: usize = 10 << 10;
+
+/// How to add up products. A value of such a type is proof that the code that holds it is compiled for AVX2 and for
+/// what it needs beside, and the CPU has both: only the `matmul` functions for one instruction set make one, and
+/// everything that takes one is inlined into them.
+trait Products: Copy {
+    /// Blocks of 256 columns that [`Products::add`] can add up.
+    const NARROW_BLOCKS: usize;
+
+    /// Adds 32 products of codes and values to sums that may be narrow.
+    fn add(self, sums: __m256i, codes: __m256i, values: __m256i) -> __m256i;
+    /// Adds such sums to sums of 32 bits.
+    fn widen(self, wide: __m256i, sums: __m256i) -> __m256i;
+}
+
+/// `vpmaddubsw`: pairs of products in 16 bits.
+#[derive(Clone, Copy)]
+struct Pairs(());
+
+/// Each block adds 8 pairs of at most `2 * 3 * 128`.
+const _: () = assert!(Pairs::NARROW_BLOCKS * 8 * 2 * 3 * 128 <= i16::MAX as usize);
+
+impl Products for Pairs {
+    const NARROW_BLOCKS: usize = 4;
+
+    #[inline(always)]
+    fn add(self, sums: __m256i, codes: __m256i, values: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { add_pairs(sums, codes, values) }
+    }
+
+    #[inline(always)]
+    fn widen(self, wide: __m256i, sums: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { widen_pairs(wide, sums) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_pairs(sums: __m256i, codes: __m256i, values: __m256i) -> __m256i {
+    _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, values))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen_pairs(wide: __m256i, sums: __m256i) -> __m256i {
+    _mm256_add_epi32(wide, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)))
+}
+
+/// `vpdpbusd` in the VEX encoding (AVX-VNNI): four products in 32 bits.
+#[derive(Clone, Copy)]
+struct Vex(());
+
+impl Products for Vex {
+    /// More than a row has.
+    const NARROW_BLOCKS: usize = usize::MAX;
+
+    #[inline(always)]
+    fn add(self, sums: __m256i, codes: __m256i, values: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX-VNNI.
+        unsafe { _mm256_dpbusd_avx_epi32(sums, codes, values) }
+    }
+
+    #[inline(always)]
+    fn widen(self, wide: __m256i, sums: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi32(wide, sums) }
+    }
+}
+
+/// The same in the EVEX encoding (AVX-512 VNNI and VL).
+#[derive(Clone, Copy)]
+struct Evex(());
+
+impl Products for Evex {
+    /// More than a row has.
+    const NARROW_BLOCKS: usize = usize::MAX;
+
+    #[inline(always)]
+    fn add(self, sums: __m256i, codes: __m256i, values: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX-512 VNNI and VL.
+        unsafe { _mm256_dpbusd_epi32(sums, codes, values) }
+    }
+
+    #[inline(always)]
+    fn widen(self, wide: __m256i, sums: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi32(wide, sums) }
+    }
+}
 
 /// Where the codes of a tile of rows come from.
 #[derive(Clone, Copy)]
@@ -42,6 +125,37 @@ pub(super) fn matmul<const REVERSED: bool>(
     acts: &QuantizedRows,
     unpacked: &mut Vec<Line>,
 ) {
+    matmul_by::<_, REVERSED, 2>(Pairs(()), job, acts, unpacked);
+}
+
+/// The same with AVX-VNNI. (No narrow sums, so that registers are left for a third token.)
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+pub(super) fn matmul_vex<const REVERSED: bool>(
+    job: &RowsJob<'_>,
+    acts: &QuantizedRows,
+    unpacked: &mut Vec<Line>,
+) {
+    matmul_by::<_, REVERSED, 3>(Vex(()), job, acts, unpacked);
+}
+
+/// The same with AVX-512 VNNI and VL.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512vnni")]
+pub(super) fn matmul_evex<const REVERSED: bool>(
+    job: &RowsJob<'_>,
+    acts: &QuantizedRows,
+    unpacked: &mut Vec<Line>,
+) {
+    matmul_by::<_, REVERSED, 3>(Evex(()), job, acts, unpacked);
+}
+
+/// Up to `N_MAX` tokens share a load of codes.
+#[inline(always)]
+fn matmul_by<P: Products, const REVERSED: bool, const N_MAX: usize>(
+    products: P,
+    job: &RowsJob<'_>,
+    acts: &QuantizedRows,
+    unpacked: &mut Vec<Line>,
+) {
     let tile_lines = TILE_ROWS * job.rows.n_blocks() * BLOCK_LINES;
     if unpacked.len() < tile_lines {
         unpacked.resize(tile_lines, Line([0; 64]));
@@ -49,56 +163,60 @@ pub(super) fn matmul<const REVERSED: bool>(
     let unpacked = &mut unpacked[..tile_lines];
     for tile in (0..job.rows.n_rows()).step_by(TILE_ROWS) {
         if acts.n_rows() == 1 {
-            tokens::<REVERSED, 1>(job, acts, 0, tile, Codes::Packed(job.rows, tile));
+            tokens::<P, REVERSED, 1>(products, job, acts, (0, tile), Codes::Packed(job.rows, tile));
             continue;
         }
-        unpack::<REVERSED>(job.rows, tile, unpacked);
-        for token in (0..acts.n_rows()).step_by(TOKENS_MAX) {
-            if token + TOKENS_MAX <= acts.n_rows() {
-                tokens::<REVERSED, TOKENS_MAX>(job, acts, token, tile, Codes::Unpacked(unpacked));
-            } else {
-                tokens::<REVERSED, 1>(job, acts, token, tile, Codes::Unpacked(unpacked));
-            }
+        // SAFETY: `products` proves AVX2.
+        unsafe { unpack::<REVERSED>(job.rows, tile, unpacked) };
+        let codes = Codes::Unpacked(unpacked);
+        let mut token = 0;
+        while token + N_MAX <= acts.n_rows() {
+            tokens::<P, REVERSED, N_MAX>(products, job, acts, (token, tile), codes);
+            token += N_MAX;
+        }
+        for token in token..acts.n_rows() {
+            tokens::<P, REVERSED, 1>(products, job, acts, (token, tile), codes);
         }
     }
 }
 
 /// Multiplies a tile of rows with `N` tokens.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn tokens<const REVERSED: bool, const N: usize>(
+#[inline(always)]
+fn tokens<P: Products, const REVERSED: bool, const N: usize>(
+    products: P,
     job: &RowsJob<'_>,
     acts: &QuantizedRows,
-    first_token: usize,
-    tile: usize,
+    (first_token, tile): (usize, usize),
     codes: Codes<'_>,
 ) {
     let values: [&[Line]; N] = std::array::from_fn(|token| acts.lines(first_token + token));
     let n_blocks = job.rows.n_blocks();
+    assert!(!(job.has_block_scales() && job.rows.has_half()), "scales in whole blocks");
     let mut dots = [[0; TILE_ROWS]; N];
     let mut sums = [[0.0; TILE_ROWS]; N];
     for first in (0..TILE_ROWS).step_by(QUAD) {
         if !job.has_block_scales() {
-            let quad = quad::<REVERSED, N>(codes, first, &values, 0..n_blocks);
+            let quad = quad::<P, REVERSED, N>(products, codes, first, &values, 0..n_blocks);
             for (quad, dots) in quad.into_iter().zip(&mut dots) {
                 // SAFETY: 4 elements from `first`.
                 unsafe { _mm_storeu_si128(dots[first..first + QUAD].as_mut_ptr().cast(), quad) };
             }
             continue;
         }
-        let mut acc = [_mm_setzero_ps(); N];
+        let starts = job.rows.starts::<QUAD>(tile + first);
+        let mut acc = [[0.0; QUAD]; N];
         for block in 0..n_blocks {
-            let quad = quad::<REVERSED, N>(codes, first, &values, block..block + 1);
-            let scales = job.block_scales::<QUAD>(tile + first, block);
-            // SAFETY: 4 elements of 2 bytes.
-            let scales = _mm_cvtph_ps(unsafe { _mm_loadl_epi64(scales.as_ptr().cast()) });
+            let quad = quad::<P, REVERSED, N>(products, codes, first, &values, block..block + 1);
+            // SAFETY: the rows have this block with a scale, as `has_block_scales` says.
+            let scales = unsafe { job.block_scales(&starts, block) };
             for (token, (acc, dots)) in acc.iter_mut().zip(quad).enumerate() {
-                let block_sum = _mm_set1_epi32(acts.block_sums(first_token + token)[block]);
-                *acc = _mm_fmadd_ps(_mm_cvtepi32_ps(_mm_sub_epi32(dots, block_sum)), scales, *acc);
+                let block_sum = acts.block_sums(first_token + token)[block];
+                // SAFETY: `products` proves AVX2, and with it FMA and F16C.
+                unsafe { add_block(acc, dots, block_sum, scales) };
             }
         }
         for (acc, sums) in acc.into_iter().zip(&mut sums) {
-            // SAFETY: 4 elements from `first`.
-            unsafe { _mm_storeu_ps(sums[first..first + QUAD].as_mut_ptr(), acc) };
+            sums[first..first + QUAD].copy_from_slice(&acc);
         }
     }
     for (token, (dots, sums)) in dots.iter().zip(&sums).enumerate() {
@@ -113,25 +231,43 @@ fn tokens<const REVERSED: bool, const N: usize>(
     }
 }
 
-/// Sums of four rows from row `first` of the tile times `N` tokens over some blocks.
+/// One step of the sum over blocks: `fma(f32(dot - block_sum), scale, acc)` for four rows.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quad<const REVERSED: bool, const N: usize>(
+fn add_block(acc: &mut [f32; QUAD], dots: __m128i, block_sum: i32, scales: [u16; QUAD]) {
+    // SAFETY: 4 elements of 2 bytes.
+    let scales = _mm_cvtph_ps(unsafe { _mm_loadl_epi64(scales.as_ptr().cast()) });
+    let centred = _mm_cvtepi32_ps(_mm_sub_epi32(dots, _mm_set1_epi32(block_sum)));
+    // SAFETY: 4 elements.
+    let before = unsafe { _mm_loadu_ps(acc.as_ptr()) };
+    let after = _mm_fmadd_ps(centred, scales, before);
+    // SAFETY: 4 elements.
+    unsafe { _mm_storeu_ps(acc.as_mut_ptr(), after) };
+}
+
+/// Sums of four rows from row `first` of the tile times `N` tokens over some blocks.
+#[inline(always)]
+fn quad<P: Products, const REVERSED: bool, const N: usize>(
+    products: P,
     codes: Codes<'_>,
     first: usize,
     values: &[&[Line]; N],
     blocks: Range<usize>,
 ) -> [__m128i; N] {
     let sums = match codes {
-        Codes::Packed(rows, tile) => [packed_sums::<REVERSED>(rows, tile + first, values[0], blocks); N],
-        Codes::Unpacked(lines) => unpacked_sums::<N>(lines, first, values, blocks),
+        Codes::Packed(rows, tile) => {
+            [packed_sums::<P, REVERSED>(products, rows, tile + first, values[0], blocks); N]
+        }
+        Codes::Unpacked(lines) => unpacked_sums::<P, N>(products, lines, first, values, blocks),
     };
-    sums.map(|[a, b, c, d]| horizontal_sums(a, b, c, d))
+    // SAFETY: `products` proves AVX2.
+    sums.map(|[a, b, c, d]| unsafe { horizontal_sums(a, b, c, d) })
 }
 
 /// One token, straight from the packed rows.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn packed_sums<const REVERSED: bool>(
+#[inline(always)]
+fn packed_sums<P: Products, const REVERSED: bool>(
+    products: P,
     rows: PackedRows<'_>,
     first: usize,
     values: &[Line],
@@ -140,38 +276,43 @@ fn packed_sums<const REVERSED: bool>(
     assert!(blocks.end <= rows.n_blocks() && values.len() >= blocks.end * BLOCK_LINES, "{blocks:?}");
     let starts = rows.starts::<QUAD>(first);
     let mut upcoming = starts[0].wrapping_add(PREFETCH_BYTES + QUAD * blocks.start * rows.block_bytes());
-    let mut wide = [_mm256_setzero_si256(); QUAD];
-    for narrow_start in blocks.clone().step_by(NARROW_BLOCKS) {
-        let mut narrow = [_mm256_setzero_si256(); QUAD];
-        for block in narrow_start..blocks.end.min(narrow_start + NARROW_BLOCKS) {
+    let mut wide = [zero(products); QUAD];
+    for narrow_start in blocks.clone().step_by(P::NARROW_BLOCKS) {
+        let mut narrow = [zero(products); QUAD];
+        for block in narrow_start..blocks.end.min(narrow_start.saturating_add(P::NARROW_BLOCKS)) {
             for _ in 0..QUAD {
-                _mm_prefetch::<_MM_HINT_T1>(upcoming.cast());
+                // SAFETY: a prefetch has no effect but on caches, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(upcoming.cast()) };
                 upcoming = upcoming.wrapping_add(64);
             }
             let halves = if block < rows.n_full() { 2 } else { 1 };
             for half in 0..halves {
                 let offset = block * rows.block_bytes() + 32 * half;
-                for (start, narrow) in starts.iter().zip(&mut narrow) {
+                for row in 0..QUAD {
                     // SAFETY: a whole block has 64 bytes, half a one 32 (`PackedRows`).
-                    let packed = unsafe { load_packed(*start, offset) };
+                    let packed = unsafe { load_packed(starts[row], offset) };
                     for place in 0..BLOCK_LINES {
                         let line = block * BLOCK_LINES + group_at::<REVERSED>(place);
                         // SAFETY: there are four lines for each block (asserted above).
                         let values = unsafe { load_half_line(values, line, half) };
-                        let pairs = _mm256_maddubs_epi16(codes_at(packed, place), values);
-                        *narrow = _mm256_add_epi16(*narrow, pairs);
+                        // SAFETY: `products` proves AVX2.
+                        let codes = unsafe { codes_at(packed, place) };
+                        narrow[row] = products.add(narrow[row], codes, values);
                     }
                 }
             }
         }
-        widen(&mut wide, narrow);
+        for (wide, narrow) in wide.iter_mut().zip(narrow) {
+            *wide = products.widen(*wide, narrow);
+        }
     }
     wide
 }
 
 /// `N` tokens, from unpacked rows.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn unpacked_sums<const N: usize>(
+#[inline(always)]
+fn unpacked_sums<P: Products, const N: usize>(
+    products: P,
     lines: &[Line],
     first: usize,
     values: &[&[Line]; N],
@@ -182,13 +323,13 @@ fn unpacked_sums<const N: usize>(
     for values in values {
         assert!(values.len() >= blocks.end * BLOCK_LINES, "{} lines of values", values.len());
     }
-    let mut wide = [[_mm256_setzero_si256(); QUAD]; N];
-    for narrow_start in blocks.clone().step_by(NARROW_BLOCKS) {
-        let narrow_end = blocks.end.min(narrow_start + NARROW_BLOCKS);
-        let mut narrow = [[_mm256_setzero_si256(); QUAD]; N];
+    let mut wide = [[zero(products); QUAD]; N];
+    for narrow_start in blocks.clone().step_by(P::NARROW_BLOCKS) {
+        let narrow_end = blocks.end.min(narrow_start.saturating_add(P::NARROW_BLOCKS));
+        let mut narrow = [[zero(products); QUAD]; N];
         for half_line in narrow_start * BLOCK_LINES * 2..narrow_end * BLOCK_LINES * 2 {
             let (line, half) = (half_line / 2, half_line % 2);
-            let mut token_values = [_mm256_setzero_si256(); N];
+            let mut token_values = [zero(products); N];
             for (loaded, values) in token_values.iter_mut().zip(values) {
                 // SAFETY: there are four lines for each block (asserted above).
                 *loaded = unsafe { load_half_line(values, line, half) };
@@ -197,15 +338,24 @@ fn unpacked_sums<const N: usize>(
                 // SAFETY: `first + row` is below 16 and `line` below `row_lines` (asserted above).
                 let codes = unsafe { load_half_line(lines, (first + row) * row_lines + line, half) };
                 for (narrow, values) in narrow.iter_mut().zip(token_values) {
-                    narrow[row] = _mm256_add_epi16(narrow[row], _mm256_maddubs_epi16(codes, values));
+                    narrow[row] = products.add(narrow[row], codes, values);
                 }
             }
         }
         for (wide, narrow) in wide.iter_mut().zip(narrow) {
-            widen(wide, narrow);
+            for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                *wide = products.widen(*wide, narrow);
+            }
         }
     }
     wide
+}
+
+/// Sums, all 0.
+#[inline(always)]
+fn zero<P: Products>(_proof: P) -> __m256i {
+    // SAFETY: the argument proves AVX2.
+    unsafe { _mm256_setzero_si256() }
 }
 
 /// Unpacks 16 rows from `first`, in the order of the values. Past the last row it repeats that.
@@ -251,15 +401,6 @@ fn codes_at(packed: __m256i, place: usize) -> __m256i {
         _ => _mm256_srli_epi16::<6>(packed),
     };
     _mm256_and_si256(shifted, _mm256_set1_epi8(3))
-}
-
-/// Adds sums of 16 bits to those of 32.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn widen(wide: &mut [__m256i; QUAD], narrow: [__m256i; QUAD]) {
-    for (wide, narrow) in wide.iter_mut().zip(narrow) {
-        *wide = _mm256_add_epi32(*wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
-    }
 }
 
 /// The sum of the 8 lanes of each register.

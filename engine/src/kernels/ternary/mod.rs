@@ -22,7 +22,7 @@ use crate::ternary::{TernaryFormat, TernaryMatrix};
 #[cfg(target_arch = "aarch64")]
 mod aarch64; // Advanced SIMD, with and without `sdot`.
 #[cfg(target_arch = "x86_64")]
-mod avx2; // AVX2.
+mod avx2; // AVX2 and AVX-VNNI.
 #[cfg(target_arch = "x86_64")]
 mod avx512; // AVX-512 VNNI.
 mod output; // Where products go, and the last float steps.
@@ -150,6 +150,22 @@ impl KernelSet {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             (Isa::Avx2, true) => unsafe { avx2::matmul::<true>(job, acts, panel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is `AvxVnni` only if `for_isa` saw AVX2, FMA and F16C on this CPU, and AVX-VNNI as asked.
+            (Isa::AvxVnni, false) if self.has_vex_vnni => unsafe {
+                avx2::matmul_vex::<false>(job, acts, panel)
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::AvxVnni, true) if self.has_vex_vnni => unsafe {
+                avx2::matmul_vex::<true>(job, acts, panel)
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: without AVX-VNNI, `isa` is `AvxVnni` only if `for_isa` saw AVX-512 F, VL and VNNI as well.
+            (Isa::AvxVnni, false) => unsafe { avx2::matmul_evex::<false>(job, acts, panel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::AvxVnni, true) => unsafe { avx2::matmul_evex::<true>(job, acts, panel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
             (Isa::Avx512Vnni, false) => unsafe { avx512::matmul::<false>(job, acts, panel) },

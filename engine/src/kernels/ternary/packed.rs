@@ -1,7 +1,7 @@
 //! Packed rows as the fast kernels read them: one block of 256 columns is 64 bytes of two-bit codes.
 //!
 //! That is what `TQ2_0` holds, and what two neighbouring blocks of `I2_S` are together. `TQ1_0` is brought into
-//! this form a few rows at a time.
+//! this form, with the scales behind the codes, a few rows at a time.
 
 #![expect(unsafe_code, reason = "calls the instruction set that `KernelSet` has seen; writes its own rows")]
 
@@ -16,10 +16,13 @@ use crate::ternary::{TernaryFormat, TernaryMatrix};
 /// Bytes of codes in a block of 256 columns.
 pub(super) const BLOCK_BYTES: usize = 64;
 
+/// Bytes of such a block with its scale behind the codes.
+const SCALED_BYTES: usize = BLOCK_BYTES + size_of::<u16>();
+
 /// Some rows of two-bit codes.
 ///
 /// Invariant: block `b < n_full` of row `r < n_rows` is the 64 bytes from `r * row_bytes + b * block_bytes` of
-/// `bytes`, and if `has_half`, block `n_full` is 32 bytes there.
+/// `bytes`, and if `has_half`, block `n_full` is 32 bytes there. If `block_bytes` is more than 64, its scale follows.
 #[derive(Clone, Copy)]
 pub(super) struct PackedRows<'a> {
     bytes: &'a [u8],
@@ -37,7 +40,7 @@ impl<'a> PackedRows<'a> {
             TernaryFormat::I2S => BLOCK_BYTES,
             TernaryFormat::Tq2_0 | TernaryFormat::Tq1_0 => matrix.format().block_bytes(),
         };
-        assert!(block_bytes >= BLOCK_BYTES, "`TQ1_0` is not in two-bit codes");
+        assert!(block_bytes == BLOCK_BYTES || block_bytes == SCALED_BYTES, "`TQ1_0` is not in two-bit codes");
         let row_bytes = matrix.row_bytes();
         let bytes = &matrix.blocks()[rows.start * row_bytes..rows.end * row_bytes];
         let (n_full, has_half) = blocks(matrix.n_cols());
@@ -48,9 +51,9 @@ impl<'a> PackedRows<'a> {
     /// Rows that were brought into this form one after the other, without gaps.
     pub(super) fn dense(bytes: &'a [u8], n_rows: usize, n_cols: usize) -> Self {
         let (n_full, has_half) = blocks(n_cols);
-        assert!(!has_half && bytes.len() >= n_rows * n_full * BLOCK_BYTES, "{} bytes", bytes.len());
-        let row_bytes = n_full * BLOCK_BYTES;
-        Self { bytes, n_rows, row_bytes, block_bytes: BLOCK_BYTES, n_full, has_half }
+        assert!(!has_half && bytes.len() >= n_rows * n_full * SCALED_BYTES, "{} bytes", bytes.len());
+        let row_bytes = n_full * SCALED_BYTES;
+        Self { bytes, n_rows, row_bytes, block_bytes: SCALED_BYTES, n_full, has_half }
     }
 
     /// Number of rows.
@@ -69,7 +72,6 @@ impl<'a> PackedRows<'a> {
     }
 
     /// Whether half a block follows the whole ones.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn has_half(&self) -> bool {
         self.has_half
     }
@@ -114,17 +116,23 @@ impl RowsJob<'_> {
         self.matrix.format().has_block_scales()
     }
 
-    /// Scales, as f16 bits, of block `block` of `N` rows from `first`; past the last row it repeats that.
+    /// Scales, as f16 bits, of block `block` of `N` rows that start there.
+    ///
+    /// # Safety
+    /// `starts` is of these rows, which have such a block with a scale.
     #[inline(always)]
-    pub(super) fn block_scales<const N: usize>(&self, first: usize, block: usize) -> [u16; N] {
-        let block_bytes = self.matrix.format().block_bytes();
-        let place = (block + 1) * block_bytes - 2;
-        std::array::from_fn(|i| {
-            let row = self.first_row + (first + i).min(self.rows.n_rows - 1);
-            let at = row * self.matrix.row_bytes() + place;
-            let bytes = self.matrix.blocks();
-            u16::from_le_bytes([bytes[at], bytes[at + 1]])
-        })
+    pub(super) unsafe fn block_scales<const N: usize>(
+        &self,
+        starts: &[*const u8; N],
+        block: usize,
+    ) -> [u16; N] {
+        let mut scales = [0; N];
+        for (scale, start) in scales.iter_mut().zip(starts) {
+            let place = start.wrapping_add(block * SCALED_BYTES + BLOCK_BYTES).cast::<[u8; 2]>();
+            // SAFETY: the caller promises that the scale lies behind the codes of the block (`PackedRows`).
+            *scale = u16::from_le_bytes(unsafe { *place });
+        }
+        scales
     }
 
     /// Where the outputs of 16 rows from `first` go; fewer where the rows end.
@@ -165,7 +173,7 @@ impl RowsJob<'_> {
     }
 }
 
-/// Brings rows of `TQ1_0` into the form of `TQ2_0` (without the scales).
+/// Brings rows of `TQ1_0` into the form of `TQ2_0`.
 pub(super) fn repack<'a>(
     isa: Isa,
     matrix: &TernaryMatrix<'_>,
@@ -174,7 +182,7 @@ pub(super) fn repack<'a>(
 ) -> PackedRows<'a> {
     let n_rows = rows.len();
     let row_bytes = matrix.row_bytes();
-    let needed = n_rows * (matrix.n_cols() / BLOCK_COLS) * BLOCK_BYTES;
+    let needed = n_rows * (matrix.n_cols() / BLOCK_COLS) * SCALED_BYTES;
     if packed.len() < needed {
         packed.resize(needed, 0);
     }
@@ -183,7 +191,7 @@ pub(super) fn repack<'a>(
     match isa {
         // SAFETY: `isa` comes from a `KernelSet`, so that `for_isa` saw AVX2 on this CPU.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { repack_avx2(blocks, packed) },
+        Isa::Avx2 | Isa::AvxVnni => unsafe { repack_avx2(blocks, packed) },
         // SAFETY: `isa` comes from a `KernelSet`, so that `for_isa` saw AVX-512 F, BW and VL on this CPU.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { repack_avx512(blocks, packed) },
@@ -217,7 +225,9 @@ fn repack_neon(blocks: &[u8], packed: &mut [u8]) {
 #[inline(always)]
 fn repack_body(blocks: &[u8], packed: &mut [u8]) {
     let block_bytes = TernaryFormat::Tq1_0.block_bytes();
-    for (block, packed) in blocks.chunks_exact(block_bytes).zip(packed.chunks_exact_mut(BLOCK_BYTES)) {
+    for (block, packed) in blocks.chunks_exact(block_bytes).zip(packed.chunks_exact_mut(SCALED_BYTES)) {
+        let (packed, scale) = packed.split_at_mut(BLOCK_BYTES);
+        scale.copy_from_slice(&block[block_bytes - 2..]);
         let mut codes = [0_u8; BLOCK_COLS];
         let (five, two) = codes.split_at_mut(160);
         let (five_more, four) = two.split_at_mut(80);

@@ -78,9 +78,9 @@ impl KernelSet {
     /// Quantises one row.
     fn quantize_row(self, x: &[f32], out: &mut Row) {
         match self.isa() {
-            // SAFETY: `isa` is `Avx2` only if `for_isa` saw AVX2 and FMA on this CPU.
+            // SAFETY: `isa` is one of these only if `for_isa` saw AVX2 and FMA on this CPU.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { quantize_row_avx2(x, out) },
+            Isa::Avx2 | Isa::AvxVnni => unsafe { quantize_row_avx2(x, out) },
             // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW and VL on this CPU.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => unsafe { quantize_row_avx512(x, out) },

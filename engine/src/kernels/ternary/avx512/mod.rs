@@ -98,9 +98,9 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
     let rows = job.rows;
     let values = acts.lines(0);
     let block_sums = acts.block_sums(0);
-    assert!(!rows.has_half() && values.len() >= rows.n_full() * BLOCK_LINES, "{} lines", values.len());
+    assert!(job.has_block_scales() && !rows.has_half(), "scales in whole blocks");
+    assert!(values.len() >= rows.n_full() * BLOCK_LINES, "{} lines", values.len());
     let token = TokenScale::of(acts, 0);
-    let masks = masks();
     for tile in (0..rows.n_rows()).step_by(TILE_ROWS) {
         let starts = rows.starts::<TILE_ROWS>(tile);
         // The whole tile is needed from the start on: run ahead of it.
@@ -118,12 +118,10 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
                 for (start, row_sum) in starts.iter().zip(&mut rows_sums) {
                     // SAFETY: `block < n_full`, so that 64 bytes lie there (`PackedRows`).
                     let packed = unsafe { load_packed(*start, offset) };
-                    let mut sums = [_mm512_setzero_si512(); BLOCK_LINES];
-                    for (place, sum) in sums.iter_mut().enumerate() {
-                        let codes = _mm512_and_si512(packed, masks[place]);
-                        *sum = _mm512_dpbusd_epi32(*sum, codes, values[group_at::<REVERSED>(place)]);
+                    for place in 0..BLOCK_LINES {
+                        let codes = codes_at(packed, place);
+                        *row_sum = _mm512_dpbusd_epi32(*row_sum, codes, values[group_at::<REVERSED>(place)]);
                     }
-                    *row_sum = combined(sums);
                 }
                 let [a, b, c, d] = rows_sums;
                 *quad = horizontal_sums(a, b, c, d);
@@ -132,7 +130,8 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
             let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
             let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(c), d);
             let dots = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-            let scales = job.block_scales(tile, block);
+            // SAFETY: the rows have `n_full` blocks, each with a scale, as `has_block_scales` says.
+            let scales = unsafe { job.block_scales(&starts, block) };
             acc = add_block(acc, dots, _mm512_set1_epi32(block_sum), f32_of(&scales));
         }
         let mut sums = [0.0; TILE_ROWS];

@@ -124,12 +124,15 @@ fn tokens_blocks<const T: usize>(
 ) {
     let mut sums = [[[0.0_f32; TILE_ROWS]; TILES]; T];
     let n_tiles = (job.rows.n_rows() - first_row).div_ceil(TILE_ROWS).min(TILES);
+    assert!(job.has_block_scales() && !job.rows.has_half(), "scales in whole blocks");
+    let starts: [_; TILES] = std::array::from_fn(|tile| job.rows.starts(first_row + tile * TILE_ROWS));
     let block_sums: [&[i32]; T] = std::array::from_fn(|token| acts.block_sums(first_token + token));
     #[expect(clippy::needless_range_loop, reason = "the block of several things")]
     for block in 0..job.rows.n_blocks() {
         let dots = multiply::<T>(panel, values, block, 1);
         for tile in 0..n_tiles {
-            let scales = f32_of(&job.block_scales(first_row + tile * TILE_ROWS, block));
+            // SAFETY: the rows have this block with a scale (asserted above).
+            let scales = f32_of(&unsafe { job.block_scales::<TILE_ROWS>(&starts[tile], block) });
             for token in 0..T {
                 let block_sum = _mm512_set1_epi32(block_sums[token][block]);
                 let sums = &mut sums[token][tile];
