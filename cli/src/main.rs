@@ -100,6 +100,9 @@ enum Command {
         /// Filter of its log
         #[arg(long, default_value = "warn")]
         log_filter: String,
+        /// For tests: the step loop never returns from the step in which it has generated so many tokens
+        #[arg(long, value_name = "TOKENS")]
+        hang_after: Option<u64>,
     },
     /// Show the machine, which worker gets what of it, and why
     Topology(topology::TopologyArgs),
@@ -116,7 +119,7 @@ enum Command {
 fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
     match &cli.command {
         Command::Serve(_) => {} // Its configuration has a say.
-        Command::Worker { log_filter } => logging::init_worker(log_filter),
+        Command::Worker { log_filter, .. } => logging::init_worker(log_filter),
         _ => logging::init(&cli.log),
     }
     match cli.command {
@@ -129,7 +132,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Drain(args) => control::drain(&args),
         Command::Restart(args) => control::restart(&args),
         Command::Reload(args) => control::reload(&args),
-        Command::Worker { .. } => Ok(bitnetd_worker::run()),
+        Command::Worker { hang_after, .. } => Ok(bitnetd_worker::run(hang_after)),
         Command::Topology(args) => topology::main(&args),
         Command::Bench(args) => bench::main(&args, &cli.log),
         Command::Config(args) => config_cmd::main(&args),

@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use bitnetd_config::{NumaPolicy, SERVICE_MANAGER_VARIABLES, SchedulerChoice};
 use bitnetd_placement::WorkerPlacement;
@@ -31,7 +33,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpid, getppid};
 use tokio::net::UnixStream;
 use tokio::process::Command;
@@ -43,6 +45,8 @@ use crate::state::{StopSignal, WorkerExit};
 const NODES_MAX: usize = 1024;
 /// Linux 5.15; `libc` does not have it.
 const MPOL_PREFERRED_MANY: libc::c_int = 5;
+/// Between fork and exec are a few system calls. A child that takes longer was stopped there, and is killed.
+const EXEC_LIMIT: Duration = Duration::from_secs(5);
 const MASK_BITS: usize = usize::BITS as usize;
 
 /// What to start.
@@ -156,10 +160,47 @@ fn classify(status: ExitStatus, n_oom_kills_before: Option<u64>) -> WorkerExit {
     WorkerExit { code: status.code(), signal, is_out_of_memory: was_oom }
 }
 
-/// How many processes the kernel has killed for lack of memory since boot.
+/// How many processes the kernel has killed for lack of memory: in our cgroup, else on the whole machine.
 fn oom_kills() -> Option<u64> {
-    let vmstat = std::fs::read_to_string("/proc/vmstat").ok()?;
-    vmstat.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+    let count = |file: &Path| {
+        let text = std::fs::read_to_string(file).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+    };
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+    let events = group.map(|group| Path::new("/sys/fs/cgroup").join(group).join("memory.events"));
+    events.and_then(|file| count(&file)).or_else(|| count(Path::new("/proc/vmstat")))
+}
+
+/// Runs `spawn`, which waits until the child has executed its program, and sees to it that this ends: a child that
+/// is stopped in between would hold the whole supervisor.
+fn spawn_within(command: &mut Command, limit: Duration) -> io::Result<tokio::process::Child> {
+    let (done, is_done) = sync_channel::<()>(0);
+    let watch = std::thread::Builder::new().name("exec-watch".into()).spawn(move || {
+        while is_done.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            kill_children_before_exec();
+        }
+    });
+    let spawned = command.spawn();
+    drop(done);
+    if let Ok(watch) = watch {
+        let _panicked = watch.join();
+    }
+    spawned
+}
+
+/// Kills those of our children that have not executed another program: they still have our arguments.
+fn kill_children_before_exec() {
+    let arguments = |pid: &str| std::fs::read(format!("/proc/{pid}/cmdline")).ok();
+    let ours = arguments("self");
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let children = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    for child in children.collect::<String>().split_whitespace() {
+        if ours.is_some() && arguments(child) == ours {
+            tracing::error!(pid = child, "a child did not get to executing its program; it is killed");
+            let _gone = child.parse().map(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL));
+        }
+    }
 }
 
 /// Starts a process; gives it and our end of its link.
@@ -191,7 +232,7 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
         command.pre_exec(move || setup.apply());
     }
     let exec = |source| SpawnError::Exec { program: spec.program.to_owned(), source };
-    let inner = command.spawn().map_err(exec)?;
+    let inner = spawn_within(&mut command, EXEC_LIMIT).map_err(exec)?;
     let leader =
         inner.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| exec(Errno::ESRCH.into()))?;
     // When memory runs out a worker should go before the supervisor, which can replace it. Best effort.
@@ -299,5 +340,23 @@ impl MemoryPolicy {
             Err(Errno::EINVAL) if self.mode == MPOL_PREFERRED_MANY => Ok(()), // A kernel before 5.15.
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_child_that_stops_before_its_program_does_not_hold_the_supervisor() {
+        let mut command = Command::new("true");
+        // SAFETY: raising a signal is a system call that is allowed between fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(nix::sys::signal::raise(Signal::SIGSTOP)?));
+        }
+        let mut child = spawn_within(&mut command, Duration::from_millis(100)).unwrap();
+        assert_eq!(child.wait().await.unwrap().signal(), Some(libc::SIGKILL));
+        let quick = spawn_within(&mut Command::new("true"), Duration::from_secs(60)).unwrap();
+        assert!(quick.wait_with_output().await.unwrap().status.success());
     }
 }

@@ -206,16 +206,25 @@ impl Listener {
             }
         };
         let mut stopped = std::pin::pin!(stopped);
+        let mut is_short = false;
         loop {
             let accepted = tokio::select! {
                 accepted = self.socket.accept() => accepted,
                 () = &mut stopped => break,
             };
             let stream = match accepted {
-                Ok((stream, _)) => stream,
+                Ok((stream, _)) => {
+                    if std::mem::take(&mut is_short) {
+                        tracing::info!("connections are accepted again");
+                    }
+                    stream
+                }
                 Err(error) => {
                     if !is_about_one_peer(&error) {
-                        tracing::error!(%error, "cannot accept connections for now");
+                        // Those who come wait in the backlog. Once is enough to say so.
+                        if !std::mem::replace(&mut is_short, true) {
+                            tracing::error!(%error, "cannot accept connections for now");
+                        }
                         sleep(ACCEPT_PAUSE).await;
                     }
                     continue;

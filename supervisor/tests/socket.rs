@@ -11,7 +11,7 @@ use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_supervisor::{ListenError, Listener};
 use tokio::task::spawn_blocking;
 
-use crate::support::{Fixture, LONG, end, wait_for};
+use crate::support::{FAKE_WORKER, Fixture, LONG, end, request, wait_for};
 
 fn bind(path: &Path) -> Result<Listener, ListenError> {
     Listener::bind(path, &ListenConfig::default())
@@ -127,4 +127,54 @@ async fn connections_are_limited_and_places_are_given_back() {
     .unwrap();
     end(service).await;
     serving.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_is_on_the_list_by_uid_or_by_gid_is_let_in() {
+    let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+    for (allow_uids, allow_gids) in [(vec![4_000_000, uid], vec![]), (vec![4_000_000], vec![gid])] {
+        let fixture = Fixture::new(1, &[]);
+        let service = fixture.ready().await;
+        let path = fixture.folder.path().join("b.sock");
+        let config = ListenConfig { allow_uids, allow_gids, ..ListenConfig::default() };
+        let serving = tokio::spawn(Listener::bind(&path, &config).unwrap().serve(service.clone()));
+        let connected = spawn_blocking(move || Client::connect(&path, "test", LONG).map(drop)).await.unwrap();
+        assert!(connected.is_ok(), "{connected:?}");
+        end(service).await;
+        serving.await.unwrap();
+    }
+}
+
+/// A supervisor that may open so few files that hardly a client fits beside its workers.
+#[tokio::test]
+async fn with_few_descriptors_clients_are_refused_with_a_word_and_the_service_lives() {
+    let fixture = Fixture::new(1, &[]);
+    let socket = fixture.folder.path().join("b.sock");
+    let script = format!("ulimit -n 64 && exec {FAKE_WORKER} serve {} 1", socket.display());
+    let mut supervisor = std::process::Command::new("sh").args(["-c", &script]).spawn().unwrap();
+    let path = socket.clone();
+    let first = wait_for("the supervisor", async || Client::connect(&path, "test", LONG).ok()).await;
+    spawn_blocking(move || {
+        let mut first = first;
+        for _ in 0..100 {
+            match Client::connect(&socket, "test", LONG) {
+                Err(ClientError::Refused(error)) => assert_eq!(error.code, ErrorCode::Overloaded, "{error}"),
+                other => panic!("{other:?}"),
+            }
+        }
+        let n_tokens = first.generate(&request(50, 1)).unwrap().filter(|event| event.is_ok()).count();
+        assert_eq!(n_tokens, 51, "fifty tokens and the end");
+        drop(first);
+        let end = std::time::Instant::now() + LONG;
+        let mut last = loop {
+            match Client::connect(&socket, "test", LONG) {
+                Ok(client) => break client,
+                Err(error) => assert!(std::time::Instant::now() < end, "{error}"),
+            }
+        };
+        last.drain().unwrap();
+    })
+    .await
+    .unwrap();
+    assert!(supervisor.wait().unwrap().success());
 }

@@ -1,7 +1,12 @@
 //! Promise P3: workers are killed while they work, and no client sees it. And nobody survives the supervisor.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use bitnetd_config::Config;
+use bitnetd_placement::{Plan, WorkerPlacement};
+use bitnetd_proto::request::GenerateRequest;
+use bitnetd_supervisor::{ClientId, JobEvent, ModelSource, Service, ServiceSpec};
 use nix::sys::signal::Signal;
 
 use crate::support::{Daemon, Folder, PROMPTS, generate, is_alive, random_request, send, wait_for};
@@ -88,4 +93,103 @@ fn the_socket_of_a_killed_supervisor_is_taken_over() {
     assert!(daemon.socket.exists());
     let next = Daemon::start(&folder, "--workers 1 --threads 1");
     assert!(!generate(&mut next.connect().unwrap(), &random_request("Once", 1, 5)).unwrap().is_empty());
+}
+
+/// One job on a supervisor in this process whose workers get these extra arguments; its text, and who was replaced why.
+fn answer_in_process(extra: &[&str], request: &GenerateRequest) -> (String, Option<String>) {
+    let mut config = Config::default();
+    config.watchdog.interval = Duration::from_millis(100);
+    config.watchdog.timeout = Duration::from_secs(2);
+    config.restart.backoff_min = Duration::from_millis(1);
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/story.gguf");
+    let mut spec = ServiceSpec {
+        config,
+        plan: Plan {
+            workers: vec![WorkerPlacement { cpus: vec![0], memory_nodes: vec![] }],
+            reasons: vec![],
+            warnings: vec![],
+        },
+        model: ModelSource::File(model),
+        memory_bytes: None,
+        worker_program: env!("CARGO_BIN_EXE_bitnetd").into(),
+        worker_args: vec!["worker".into()],
+    };
+    spec.worker_args.extend(extra.iter().map(Into::into));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let service = Service::start(spec).await.unwrap();
+        service.ready().await.unwrap();
+        let mut job = service.submit(ClientId::InProcess, request.clone()).await.unwrap();
+        let mut text = String::new();
+        while let Some(event) = job.next().await {
+            match event {
+                JobEvent::Token(token) => text += &token.text,
+                JobEvent::Done(done) => text += &done.tail,
+                JobEvent::WorkerDied { .. } => {}
+                JobEvent::Failed(error) => panic!("{error}"),
+            }
+        }
+        let last_exit = service.status().await.slots[0].last_exit.clone();
+        service.stop().await;
+        service.stopped().await;
+        (text, last_exit)
+    })
+}
+
+#[test]
+fn an_endless_loop_on_the_compute_thread_is_found_and_the_answer_goes_on() {
+    // The thread that reads the link is alive and well all the time: only the step loop's silence tells.
+    let request = random_request("Once", 4, 40);
+    let (calm, _) = answer_in_process(&[], &request);
+    let (text, last_exit) = answer_in_process(&["--hang-after", "15"], &request);
+    assert_eq!(text, calm);
+    assert_eq!(last_exit.as_deref(), Some("killed: its step loop did not answer for 2s"));
+}
+
+#[test]
+fn both_workers_get_work() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder, "--workers 2 --threads 1");
+    let workers = daemon.workers();
+    send(workers[0], Signal::SIGSTOP); // What is given to it stays there.
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| generate(&mut daemon.connect().unwrap(), &random_request("Once", 1, 30)));
+        wait_for("the first job is on the first worker", || {
+            (daemon.status()?.slots[0].jobs == 1).then_some(())
+        });
+        let second = generate(&mut daemon.connect().unwrap(), &random_request("A cat", 2, 30)).unwrap();
+        assert!(!second.is_empty());
+        let slots = daemon.status().unwrap().slots;
+        assert_eq!(slots[0].jobs, 1, "the second was done while the first stood still");
+        send(workers[0], Signal::SIGCONT);
+        assert!(!first.join().unwrap().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_slot_that_dies_too_often_is_seen_in_the_exit_code_and_can_be_brought_back() {
+    let folder = Folder::new();
+    folder.write("d.toml", "split = { workers = 2, threads = 1 }\nrestart = { max = 1, window = \"24h\", backoff_min = \"1ms\" }\n");
+    let daemon = Daemon::start(&folder, "-c %/d.toml");
+    folder.run("status --socket %/bitnetd.sock").ok();
+    wait_for("the slot to be given up", || {
+        let slots = daemon.status()?.slots;
+        if slots[1].state == "ready" {
+            send(slots[1].pid?, Signal::SIGKILL);
+        }
+        (slots[1].state == "failed").then_some(())
+    });
+    let status = folder.run("status --socket %/bitnetd.sock");
+    assert_eq!(status.code, Some(1), "{status:?}");
+    assert!(status.stdout.starts_with("health   degraded"), "{status:?}");
+    let metrics = folder.run("metrics --socket %/bitnetd.sock").ok();
+    assert!(metrics.contains("bitnetd_health{state=\"degraded\"} 1"), "{metrics}");
+    assert!(metrics.contains("bitnetd_slots{state=\"failed\"} 1"), "{metrics}");
+    let text = generate(&mut daemon.connect().unwrap(), &random_request("Once", 1, 5)).unwrap();
+    assert!(!text.is_empty(), "the other worker works on");
+    folder.run("restart 1 --socket %/bitnetd.sock").ok();
+    wait_for("the slot is back", || {
+        daemon.status().filter(|report| report.slots[1].state == "ready").map(drop)
+    });
+    folder.run("status --socket %/bitnetd.sock").ok();
 }

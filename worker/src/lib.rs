@@ -22,9 +22,9 @@ use crate::inherited::Inherited;
 use crate::link::Link;
 use crate::startup::StartError;
 
-/// Runs a worker to its end.
+/// Runs a worker to its end. For tests: with `hang_after` its step loop hangs when it has generated so many tokens.
 #[must_use]
-pub fn run() -> ExitCode {
+pub fn run(hang_after: Option<u64>) -> ExitCode {
     let Inherited { link, image, head } = match inherited::take() {
         Ok(inherited) => inherited,
         Err(error) => {
@@ -36,7 +36,7 @@ pub fn run() -> ExitCode {
     let engine =
         startup::handshake(&mut link).and_then(|setup| startup::start(&setup, image, head, &mut link));
     match engine {
-        Ok(engine) => step_loop::run(engine, link),
+        Ok(engine) => step_loop::run(engine, link, hang_after),
         // The supervisor went away before it had said anything: nobody is there to be told.
         Err(StartError::LinkClosed) => ExitCode::Ok,
         Err(error) => {

@@ -20,6 +20,8 @@ struct StepLoop {
     template: Result<Option<ChatTemplate>, ChatError>,
     link: Link,
     is_draining: bool,
+    /// For tests of the watchdog.
+    hang_after: Option<u64>,
 }
 
 /// Whether to go on.
@@ -29,7 +31,7 @@ enum Next {
 }
 
 /// Serves until the link closes or a drain is done.
-pub(crate) fn run(started: Started, link: Link) -> ExitCode {
+pub(crate) fn run(started: Started, link: Link, hang_after: Option<u64>) -> ExitCode {
     let commands = match link.commands() {
         Ok(commands) => commands,
         Err(error) => {
@@ -38,7 +40,7 @@ pub(crate) fn run(started: Started, link: Link) -> ExitCode {
         }
     };
     let Started { engine, template } = started;
-    let mut step_loop = StepLoop { engine, template, link, is_draining: false };
+    let mut step_loop = StepLoop { engine, template, link, is_draining: false, hang_after };
     match step_loop.serve(&commands) {
         Ok(exit_code) => exit_code,
         // The supervisor is gone: whatever was on board goes on in the workers of the next one.
@@ -64,6 +66,9 @@ impl StepLoop {
             }
             self.engine.step(&mut events);
             self.report(&mut events)?;
+            while self.hang_after.is_some_and(|n_tokens| self.engine.stats().decode_tokens >= n_tokens) {
+                std::hint::spin_loop();
+            }
         }
     }
 
