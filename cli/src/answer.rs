@@ -2,7 +2,9 @@
 //!
 //! Where the events come from (a service in this process, a daemon's socket) is a [`Source`].
 
+use bitnetd_proto::durable::JobAnswer;
 use bitnetd_proto::event::{Done, FinishReason, Token, TokenLogprobs};
+use bitnetd_proto::request::GenerateRequest;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -64,6 +66,15 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
+    /// The answer of a durable job.
+    pub(crate) fn of_record(request: &GenerateRequest, answer: JobAnswer, prompt: String) -> Self {
+        let JobAnswer { text, token_ids, logprobs, finish_reason, usage, timings } = answer;
+        let mut collector = Collector::new(0, prompt, request.logprobs.is_some());
+        collector.seed = request.sampling.seed.unwrap_or_default();
+        (collector.text, collector.token_ids, collector.logprobs) = (text, token_ids, logprobs);
+        collector.finish(&Done { finish_reason, tail: String::new(), usage, timings })
+    }
+
     /// As one line of JSON.
     pub(crate) fn to_json_line(&self) -> Result<String, CliError> {
         json_line(self)

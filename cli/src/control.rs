@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bitnetd_proto::error::ErrorCode;
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_proto::status::{Health, SlotReport, StatusReport};
+use bitnetd_proto::status::{Health, JournalReport, SlotReport, StatusReport};
 use clap::Args;
 
 use crate::answer::json_line;
@@ -141,6 +141,20 @@ fn table(report: &StatusReport) -> String {
             totals.refused
         ),
     );
+    if let Some(journal) = &report.journal {
+        let JournalReport { queued, running, ended, .. } = journal;
+        let (used, all) = (mega(journal.bytes), mega(journal.bytes_max));
+        line(
+            "durable",
+            format!(
+                "{queued} waiting, {running} with workers, {ended} results kept, {used:.1} of {all:.0} MB in {}",
+                journal.path
+            ),
+        );
+        if let Some(problem) = &journal.problem {
+            line("", format!("PROBLEM: {problem}"));
+        }
+    }
     line("repairs", format!("{} restarts, {} jobs moved", totals.restarts, totals.failovers));
     line("tokens", format!("{} generated", totals.tokens));
     lines.push('\n');
@@ -188,7 +202,7 @@ fn format_count(count: u64) -> String {
 }
 
 /// `12s`, `3m 5s`, `7h 12m`, `3d 4h`.
-fn format_age(age: Duration) -> String {
+pub(crate) fn format_age(age: Duration) -> String {
     let seconds = age.as_secs();
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
     match seconds {
@@ -262,6 +276,7 @@ mod tests {
                 tokens: 700,
                 ..Totals::default()
             },
+            journal: None,
             slots: vec![slot, broken],
         };
         insta::assert_snapshot!(table(&report), @r#"

@@ -16,7 +16,7 @@ use crate::answer::{AnswerEvent, Source};
 use crate::error::CliError;
 
 /// How long the daemon may take to answer (not to generate).
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The same for a job, whose socket may be waiting for the next life of a service that finishes its work first.
 const JOB_ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 /// A job that came just as the service was told to end is offered again so often: systemd may be restarting it.
@@ -71,9 +71,14 @@ pub(crate) fn connect(socket: &Path) -> Result<Client, CliError> {
     connect_within(socket, ANSWER_TIMEOUT)
 }
 
-fn connect_within(socket: &Path, timeout: Duration) -> Result<Client, CliError> {
+/// Connects to the daemon at `socket`; what is wrong is left to the caller.
+pub(crate) fn connect_once(socket: &Path, timeout: Duration) -> Result<Client, ClientError> {
     let name = concat!("bitnetd-cli/", env!("CARGO_PKG_VERSION"));
-    Client::connect(socket, name, timeout).map_err(|error| {
+    Client::connect(socket, name, timeout)
+}
+
+fn connect_within(socket: &Path, timeout: Duration) -> Result<Client, CliError> {
+    connect_once(socket, timeout).map_err(|error| {
         let hint = match &error {
             ClientError::Connect { source, .. } => match source.kind() {
                 std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {

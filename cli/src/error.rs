@@ -11,7 +11,7 @@ use bitnetd_placement::PlanError;
 use bitnetd_proto::client::ClientError;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_supervisor::{ActivationError, ListenError, ScrapeError, StartError};
+use bitnetd_supervisor::{ActivationError, JournalError, ListenError, ScrapeError, StartError};
 
 use crate::terminal;
 
@@ -181,6 +181,13 @@ impl From<StartError> for CliError {
             StartError::NoWorkers | StartError::Stopped => None,
         };
         Self { hint, ..Self::with_code(error.exit_code(), error) }
+    }
+}
+
+impl From<JournalError> for CliError {
+    fn from(error: JournalError) -> Self {
+        let hint = error.hint();
+        Self::with_code(error.exit_code(), error).hint(hint)
     }
 }
 

@@ -13,6 +13,7 @@ mod control; // `status`, `metrics`, `drain`, `restart`, `reload`.
 mod daemon; // A running daemon, through its socket.
 mod error; // Outcome -> message, hint and exit code, in one place.
 mod generate;
+mod jobs; // `jobs`, `wait`, `result`, `cancel`.
 mod local; // A service in this process.
 mod logging;
 mod manual; // `completions` and `man`.
@@ -22,6 +23,7 @@ mod request_args; // The flags that say what to generate.
 mod run;
 mod runtime; // The event loop, and Ctrl-C.
 mod serve;
+mod submit;
 mod terminal; // Everything that is written to stdout and stderr.
 mod topology; // `topology`: the machine and the plan.
 
@@ -65,6 +67,8 @@ Examples:
   bitnetd batch prompts.txt -o answers.jsonl      many prompts
   bitnetd serve &                                 the daemon; then:
   bitnetd generate -p \"Once upon a time\"
+  bitnetd submit -p \"Once upon a time\"            a job that survives everything; then:
+  bitnetd wait 1
   bitnetd status
 `bitnetd COMMAND --help` says more.
 
@@ -82,6 +86,16 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Get one answer from the daemon, streamed to stdout
     Generate(Box<generate::GenerateArgs>),
+    /// Give the daemon jobs that survive everything; prints their numbers
+    Submit(Box<submit::SubmitArgs>),
+    /// List durable jobs, the newest first
+    Jobs(jobs::JobsArgs),
+    /// Wait until durable jobs have ended, and print their answers
+    Wait(jobs::WaitArgs),
+    /// Print the answer of a durable job
+    Result(jobs::ResultArgs),
+    /// Give durable jobs up
+    Cancel(jobs::CancelArgs),
     /// Show how the daemon is: health, model, workers, counters
     Status(control::StatusArgs),
     /// Print what the daemon has counted and measured, as Prometheus reads it
@@ -127,6 +141,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Batch(args) => batch::main(&args, &cli.log),
         Command::Serve(args) => serve::main(&args, &cli.log),
         Command::Generate(args) => generate::main(&args),
+        Command::Submit(args) => submit::main(&args),
+        Command::Jobs(args) => jobs::jobs(&args),
+        Command::Wait(args) => jobs::wait(&args),
+        Command::Result(args) => jobs::result(&args),
+        Command::Cancel(args) => jobs::cancel(&args),
         Command::Status(args) => control::status(&args),
         Command::Metrics(args) => control::metrics(&args),
         Command::Drain(args) => control::drain(&args),

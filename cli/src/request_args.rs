@@ -176,7 +176,7 @@ impl SamplingArgs {
 }
 
 /// Seconds to whole milliseconds, at least one.
-fn parse_seconds(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_seconds(text: &str) -> Result<u64, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     let duration = std::time::Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
     let ms = u64::try_from(duration.as_millis()).map_err(|error| error.to_string())?;

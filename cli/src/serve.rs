@@ -4,9 +4,9 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use bitnetd_config::{Config, Environment, ServiceManager};
+use bitnetd_config::{Config, Environment, JournalChoice, ServiceManager};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_supervisor::{Activation, Listener, Notifier, ScrapeListener, Service};
+use bitnetd_supervisor::{Activation, Journal, Listener, Notifier, ScrapeListener, Service};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -41,6 +41,9 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     split: SplitArgs,
 }
+
+/// Sent to a process that writes beyond its limit of file sizes.
+const SIGXFSZ: i32 = 25;
 
 /// Runs the command. Sets up logging itself, because the configuration has a say in it.
 pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
@@ -100,6 +103,30 @@ pub(crate) fn load(
     Ok((config, origin))
 }
 
+/// The journal of durable jobs, or why there is none. One that the configuration names must be had; the usual one may
+/// belong to another daemon of this user.
+fn journal(config: &Config, environment: &Environment) -> Result<Result<Journal, String>, CliError> {
+    let limits = &config.queue.durable;
+    let path = match &config.queue.journal {
+        JournalChoice::Off => return Ok(Err("`queue.journal` is \"off\"".into())),
+        JournalChoice::At(path) => return Ok(Ok(Journal::open(path, limits)?)),
+        JournalChoice::Usual => environment.journal(),
+    };
+    let Some(path) = path else {
+        return Ok(Err("there is no directory for it: STATE_DIRECTORY and HOME are not set".into()));
+    };
+    let made =
+        path.parent().map_or(Ok(()), |folder| DirBuilder::new().recursive(true).mode(0o700).create(folder));
+    let opened = match made {
+        Ok(()) => Journal::open(&path, limits).map_err(CliError::from),
+        Err(source) => Err(CliError::file("make the folder of the journal", &path, source)),
+    };
+    Ok(opened.map_err(|error| {
+        tracing::error!("no durable jobs: {}", error.message());
+        error.message()
+    }))
+}
+
 /// The sockets that systemd passes on, else one of our own.
 fn listeners(
     config: &Config,
@@ -137,7 +164,17 @@ async fn serve(
     let listeners = listeners(&config, reloader.environment(), &mut activation)?;
     let socket = listeners.first().map(|listener| listener.path().to_owned()).unwrap_or_default();
     let metrics = ScrapeListener::bind(&config.listen).await?;
+    let journal = journal(&config, reloader.environment())?;
+    // A limit of file sizes is to be an error that is told, not a death.
+    let _file_size =
+        signal(SignalKind::from_raw(SIGXFSZ)).map_err(|error| CliError::os("handle signals", error))?;
     let service = Service::start_under(local::service_spec(config)?, notifier, activation.stored).await?;
+    match journal {
+        Ok(journal) => {
+            service.keep_jobs(journal).map_err(|error| CliError::os("start the journal's threads", error))?
+        }
+        Err(reason) => service.keep_no_jobs(reason),
+    }
     service.on_reload(reloader);
     let reloading = tokio::spawn(reload::at_each_hangup(hangup, service.clone()));
     // Clients are let in at once: they can ask for the status, and their jobs wait for the workers.

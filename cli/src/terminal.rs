@@ -28,6 +28,20 @@ pub(crate) fn put(data: &[u8]) -> Result<(), CliError> {
     })
 }
 
+/// Rows in columns as wide as their widest cell; some columns may be left out.
+pub(crate) fn columns<const N: usize>(rows: &[[String; N]], is_hidden: impl Fn(usize) -> bool) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let shown: Vec<(usize, usize)> =
+        (0..N).filter(|column| !is_hidden(*column)).map(|column| (column, width(column))).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = shown.iter().map(|(column, width)| format!("{:<width$}", row[*column]));
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
 /// Writes to stdout from a thread of its own, in order.
 ///
 /// A reader that is slow (a pager) then holds back only its own stream, not the supervision of workers that runs on

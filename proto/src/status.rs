@@ -24,6 +24,9 @@ pub struct StatusReport {
     pub queue_max: u32,
     /// Counters since the start.
     pub totals: Totals,
+    /// The journal of durable jobs, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<JournalReport>,
     /// One entry for each slot.
     pub slots: Vec<SlotReport>,
 }
@@ -36,7 +39,7 @@ pub enum Health {
     Starting,
     /// Every slot works or is being replaced.
     Ready,
-    /// At least one slot has failed for good.
+    /// At least one slot has failed for good, or the journal of durable jobs needs somebody.
     Degraded,
     /// No new jobs.
     Draining,
@@ -62,6 +65,27 @@ pub struct Totals {
     pub restarts: u64,
     /// Tokens generated.
     pub tokens: u64,
+}
+
+/// The journal of durable jobs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalReport {
+    /// Its file.
+    pub path: String,
+    /// Whether jobs can be taken.
+    pub is_writable: bool,
+    /// What an operator should see to.
+    pub problem: Option<String>,
+    /// Jobs that wait for the workers.
+    pub queued: u64,
+    /// Jobs that were given to them.
+    pub running: u64,
+    /// Results that are kept.
+    pub ended: u64,
+    /// Length of all requests and answers.
+    pub bytes: u64,
+    /// Most of that.
+    pub bytes_max: u64,
 }
 
 /// One worker slot.

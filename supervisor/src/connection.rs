@@ -21,6 +21,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use self::questions::Questions;
 use crate::event_loop::{JobSink, Submission};
 use crate::report::SERVER;
 use crate::service::{JobEvent, Service, UNREAD_EVENTS_MAX, overrun_error};
@@ -34,6 +35,8 @@ const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Beyond this many unwritten bytes nothing more is read from the client or taken from its jobs.
 const OUTBOX_BYTES_MAX: usize = 256 << 10;
+
+mod questions; // About durable jobs.
 
 /// Why a connection ends.
 enum End {
@@ -68,6 +71,7 @@ pub(crate) async fn serve(stream: UnixStream, service: Service, config: &ListenC
         sink: JobSink { events: events_in, overrun: Arc::new(Notify::new()) },
         events,
         reload: None,
+        questions: Questions::default(),
         service,
     };
     let end = match check_peer(uid, gid, config) {
@@ -117,6 +121,8 @@ struct Connection {
     events: mpsc::Receiver<(JobId, JobEvent)>,
     /// A reload that this client asked for and that is not decided yet.
     reload: Option<oneshot::Receiver<Result<(), WireError>>>,
+    /// About durable jobs.
+    questions: Questions,
     service: Service,
 }
 
@@ -189,6 +195,7 @@ impl Connection {
                     self.reload = None;
                     self.say_outcome(decided);
                 }
+                Some(answer) = self.questions.next(), if has_room => self.say(&answer),
                 () = overrun.notified() => return Err(End::Because(overrun_error())),
                 () = sleep_until(frame_ends.unwrap_or_else(Instant::now)), if frame_ends.is_some() => {
                     let text = format!("a frame was not complete within {FRAME_TIMEOUT:?}");
@@ -228,14 +235,12 @@ impl Connection {
                 }
                 return Ok(());
             }
-            ClientMessage::Submit { id, .. }
+            message @ (ClientMessage::Submit { id, .. }
             | ClientMessage::Jobs { id, .. }
             | ClientMessage::Result { id, .. }
             | ClientMessage::Wait { id, .. }
-            | ClientMessage::CancelJob { id, .. } => {
-                let error =
-                    WireError::new(ErrorCode::JournalUnavailable, "this daemon keeps no durable jobs");
-                self.say(&ServerMessage::Error { id: Some(id), error });
+            | ClientMessage::CancelJob { id, .. }) => {
+                self.ask(id, message);
                 return Ok(());
             }
             ClientMessage::Status => {
@@ -292,10 +297,24 @@ impl Connection {
         self.reload = Some(reload);
     }
 
+    fn ask(&mut self, id: u64, message: ClientMessage) {
+        if self.jobs.contains_key(&id) || self.questions.contains(id) {
+            // Without the id, as below.
+            let error = WireError::new(ErrorCode::InvalidRequest, format!("id {id} is in use"));
+            self.say(&ServerMessage::Error { id: None, error });
+            return;
+        }
+        let durable = self.service.durable().cloned();
+        let asked = durable.and_then(|durable| self.questions.ask(id, message, durable, self.client.clone()));
+        if let Err(error) = asked {
+            self.say(&ServerMessage::Error { id: Some(id), error });
+        }
+    }
+
     async fn generate(&mut self, id: u64, request: GenerateRequest) {
-        if self.jobs.contains_key(&id) {
+        if self.jobs.contains_key(&id) || self.questions.contains(id) {
             // Without the id: with it, the answer would end the job that runs under it.
-            let error = WireError::new(ErrorCode::InvalidRequest, format!("id {id} names a running job"));
+            let error = WireError::new(ErrorCode::InvalidRequest, format!("id {id} is in use"));
             self.say(&ServerMessage::Error { id: None, error });
             return;
         }
@@ -344,6 +363,13 @@ impl Connection {
                 while let Ok((job, event)) = self.events.try_recv() {
                     self.pass_on(job, event);
                 }
+                let answers = async {
+                    while let Some(answer) = self.questions.next().await {
+                        let frame = encode_frame(&answer);
+                        self.outbox.extend_from_slice(frame.as_deref().unwrap_or_default());
+                    }
+                };
+                let _late = timeout(CLOSE_TIMEOUT / 2, answers).await;
             }
         }
         let _late = timeout(CLOSE_TIMEOUT, self.writer.write_all(&self.outbox)).await;

@@ -8,9 +8,11 @@ mod activation; // What systemd passes on: sockets and stored memory.
 mod backoff; // How long a slot waits, and when it gives up.
 mod child; // One worker process: the only unsafe code.
 mod connection; // One client.
+mod durable; // Jobs that survive everything: who waits, what is next.
 mod editions; // What each slot's workers are started with.
 mod event_loop; // The one task that owns the state.
 mod image; // The model every worker inherits.
+mod journal; // The file that keeps them.
 mod link; // The task of one worker.
 mod listener; // The socket.
 mod log; // What the log says.
@@ -24,6 +26,7 @@ mod state; // The state machine.
 
 pub use activation::{Activation, ActivationError};
 pub use image::{ImageError, ModelSource};
+pub use journal::{Journal, JournalError};
 pub use listener::{ListenError, Listener};
 pub use notify::Notifier;
 pub use scrape::{ScrapeError, ScrapeListener};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bitnetd_config::{HeadChoice, cpu_list};
 use bitnetd_placement::WorkerPlacement;
-use bitnetd_proto::status::{Health, SlotReport, StatusReport, Totals};
+use bitnetd_proto::status::{Health, JournalReport, SlotReport, StatusReport, Totals};
 use bitnetd_proto::worker_link::WorkerSetup;
 
 use crate::editions::Editions;
@@ -26,11 +26,21 @@ pub(crate) fn status(state: &State, editions: &Editions, uptime: Duration) -> St
         queued: u32::try_from(state.n_queued()).unwrap_or(u32::MAX),
         queue_max: editions.present().spec.config.queue.max_jobs,
         totals: state.totals(),
+        journal: None,
         slots: slots
             .into_iter()
             .filter_map(|slot| Some(slot_report(slot, editions.of_slot(slot.id)?.1)))
             .collect(),
     }
+}
+
+/// The same with the journal. One that cannot be written, or that an operator must see to, makes the service degraded.
+pub(crate) fn with_journal(mut report: StatusReport, journal: Option<JournalReport>) -> StatusReport {
+    if report.health == Health::Ready && journal.as_ref().is_some_and(|journal| journal.problem.is_some()) {
+        report.health = Health::Degraded;
+    }
+    report.journal = journal;
+    report
 }
 
 /// The report of a service that is gone.
@@ -44,6 +54,7 @@ pub(crate) fn nothing() -> StatusReport {
         queued: 0,
         queue_max: 0,
         totals: Totals::default(),
+        journal: None,
         slots: Vec::new(),
     }
 }

@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bitnetd_config::Config;
@@ -17,8 +19,10 @@ use bitnetd_proto::worker_link::ModelSummary;
 use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 
+use crate::durable::{Durable, Workers};
 use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
+use crate::journal::Journal;
 use crate::notify::Notifier;
 use crate::report;
 use crate::shelf::Shelf;
@@ -115,6 +119,10 @@ pub struct Service {
     ending: Arc<watch::Sender<bool>>,
     reloads: Arc<Reloads>,
     notifier: Notifier,
+    /// Durable jobs, if there are any.
+    durable: Arc<OnceLock<Result<Durable, String>>>,
+    /// Durable jobs that are given to the workers at a time.
+    n_durable_places: Arc<AtomicUsize>,
 }
 
 impl fmt::Debug for Service {
@@ -148,6 +156,7 @@ impl Service {
         }
         let mut image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
         let shelf = Shelf::open(notifier.clone(), stored, &spec.config, &mut image);
+        let n_durable_places = Arc::new(AtomicUsize::new(durable_places(&spec)));
         let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);
         let (readiness_out, readiness) = watch::channel(Readiness::Starting);
         let (ended_out, ended) = watch::channel(None);
@@ -155,7 +164,39 @@ impl Service {
             EventLoop::new(spec, image, notifier.clone(), shelf, readiness_out).run(commands_in, ended_out),
         );
         let ending = Arc::new(watch::channel(false).0);
-        Ok(Self { commands, readiness, ended, ending, reloads: Arc::default(), notifier })
+        let (reloads, durable) = (Arc::default(), Arc::default());
+        Ok(Self { commands, readiness, ended, ending, reloads, notifier, durable, n_durable_places })
+    }
+
+    /// Takes a journal into service: its jobs go on, and clients may submit more. The first call counts.
+    ///
+    /// # Errors
+    /// If its threads cannot be started.
+    pub fn keep_jobs(&self, journal: Journal) -> io::Result<()> {
+        let workers = Workers {
+            commands: self.commands.downgrade(),
+            ended: self.ended.clone(),
+            n_places: self.n_durable_places.clone(),
+        };
+        let _already = self.durable.set(Ok(Durable::start(journal, workers)?));
+        Ok(())
+    }
+
+    /// Says why there is no journal, for clients who want one.
+    pub fn keep_no_jobs(&self, reason: impl Into<String>) {
+        let _already = self.durable.set(Err(reason.into()));
+    }
+
+    /// The durable jobs.
+    pub(crate) fn durable(&self) -> Result<&Durable, WireError> {
+        let reason = match self.durable.get() {
+            Some(Ok(durable)) => return Ok(durable),
+            Some(Err(reason)) => reason.as_str(),
+            None => "it was started without a journal",
+        };
+        let text = format!("this daemon keeps no durable jobs: {reason}");
+        Err(WireError::new(ErrorCode::JournalUnavailable, text)
+            .with_hint("`queue.journal` in its configuration says where it may keep them"))
     }
 
     /// Waits until every slot (or `service.ready_workers` of them) has been ready once.
@@ -180,14 +221,19 @@ impl Service {
     /// If it is refused: an invalid request, overload, a draining or degraded service.
     pub async fn submit(&self, client: ClientId, request: GenerateRequest) -> Result<Job, WireError> {
         let standing = Standing::Attended;
-        self.submit_as(Submission { client, standing, request: Box::new(request) }).await
+        let new = Submission { client, standing, request: Box::new(request) };
+        Self::submit_with(self.commands.clone(), new).await
     }
 
-    pub(crate) async fn submit_as(&self, new: Submission) -> Result<Job, WireError> {
+    /// Asks the event loop behind `commands` for a job.
+    pub(crate) async fn submit_with(
+        commands: mpsc::Sender<Command>,
+        new: Submission,
+    ) -> Result<Job, WireError> {
         let (events_in, events) = mpsc::channel(UNREAD_EVENTS_MAX);
         let sink = JobSink { events: events_in, overrun: Arc::new(Notify::new()) };
-        let (job, seed) = self.submit_to(new, sink).await?;
-        Ok(Job { job, seed, events, commands: self.commands.clone(), is_over: false })
+        let (job, seed) = ask(&commands, |reply| Command::Submit { new, sink, reply }).await??;
+        Ok(Job { job, seed, events, commands, is_over: false })
     }
 
     /// Asks for a job whose events go into a channel that may serve several.
@@ -202,14 +248,15 @@ impl Service {
 
     /// How the service is; after its end, how it was then.
     pub async fn status(&self) -> StatusReport {
-        if let Ok(report) = self.ask(|reply| Command::Status { reply }).await {
-            return report;
-        }
         let mut ended = self.ended.clone();
-        match ended.wait_for(Option::is_some).await.as_deref() {
-            Ok(Some(ended)) => ended.report.clone(),
-            _ => report::nothing(), // The event loop is gone without a word: the runtime was shut down.
-        }
+        let report = match self.ask(|reply| Command::Status { reply }).await {
+            Ok(report) => report,
+            Err(_) => match ended.wait_for(Option::is_some).await.as_deref() {
+                Ok(Some(ended)) => ended.report.clone(),
+                _ => report::nothing(), // The event loop is gone without a word: the runtime was shut down.
+            },
+        };
+        report::with_journal(report, self.durable().ok().map(Durable::report))
     }
 
     /// What was counted and measured since the start, as OpenMetrics text.
@@ -232,12 +279,14 @@ impl Service {
     /// are stopped. [`Self::stopped`] waits for the end.
     pub async fn drain(&self) {
         self.ending.send_replace(true);
+        self.refuse_durable();
         let _stopped = self.commands.send(Command::Drain).await;
     }
 
     /// Stops now: jobs fail, workers are killed. [`Self::stopped`] waits until they are reaped.
     pub async fn stop(&self) {
         self.ending.send_replace(true);
+        self.refuse_durable();
         let _stopped = self.commands.send(Command::Stop).await;
     }
 
@@ -251,13 +300,23 @@ impl Service {
         }
     }
 
-    /// Waits until every worker is reaped.
+    fn refuse_durable(&self) {
+        if let Ok(durable) = self.durable() {
+            durable.refuse_more();
+        }
+    }
+
+    /// Waits until every worker is reaped, and the journal is closed.
     pub async fn stopped(&self) -> ExitCode {
         let mut ended = self.ended.clone();
-        match ended.wait_for(Option::is_some).await.as_deref() {
+        let exit_code = match ended.wait_for(Option::is_some).await.as_deref() {
             Ok(Some(ended)) => ended.exit_code,
             _ => ExitCode::Software, // The event loop is gone without a word: the runtime was shut down.
+        };
+        if let Ok(durable) = self.durable() {
+            durable.closed().await;
         }
+        exit_code
     }
 
     /// Says where a reload gets its configuration from. The first call counts.
@@ -311,15 +370,31 @@ impl Service {
         if spec.plan.workers.is_empty() {
             return Err(WireError::new(ErrorCode::InvalidRequest, "the plan has no worker"));
         }
-        self.ask(|reply| Command::Reload { spec: Box::new(spec), reply }).await?
+        let n_places = durable_places(&spec);
+        self.ask(|reply| Command::Reload { spec: Box::new(spec), reply }).await??;
+        self.n_durable_places.store(n_places, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, WireError> {
-        let gone = || WireError::new(ErrorCode::Draining, "the service has stopped");
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(question(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())
+        ask(&self.commands, question).await
     }
+}
+
+async fn ask<T>(
+    commands: &mpsc::Sender<Command>,
+    question: impl FnOnce(oneshot::Sender<T>) -> Command,
+) -> Result<T, WireError> {
+    let gone = || WireError::new(ErrorCode::Draining, "the service has stopped");
+    let (reply, answer) = oneshot::channel();
+    commands.send(question(reply)).await.map_err(|_| gone())?;
+    answer.await.map_err(|_| gone())
+}
+
+/// One more than fit on the workers for each of them, so that the next is there when a place comes free.
+fn durable_places(spec: &ServiceSpec) -> usize {
+    let per_worker = spec.config.queue.durable.per_worker.min(spec.config.engine.max_batch);
+    spec.plan.workers.len() * (per_worker as usize + 1)
 }
 
 /// A job that was accepted. Dropping it before its end cancels it.

@@ -36,6 +36,7 @@ pub(crate) use events::{
 };
 use jobs::{JobRecord, NewJob};
 use queue::Pool;
+pub(crate) use queue::WaitQueue;
 use reload::Change;
 pub(crate) use slots::Slot;
 use slots::{Role, Then};

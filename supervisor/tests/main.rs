@@ -8,6 +8,7 @@
 
 mod chaos; // Everything at once.
 mod clients; // Over the socket: good, bad and slow ones.
+mod durable; // Jobs that survive everything.
 mod failover; // Workers die in the middle of answers.
 mod lifecycle; // Start, drain, restart, orphans, descriptors.
 mod misbehaviour; // Workers that lie, hang, or never come up.

@@ -44,6 +44,15 @@ impl Fixture {
         Self { folder, config, n_slots, script }
     }
 
+    /// The same service again, with other workers.
+    pub(crate) fn again(self, n_slots: usize, script: &[&str]) -> Self {
+        let mut next = Self::new(n_slots, script);
+        let state = next.script.last_mut().unwrap();
+        *state = OsString::from("state=");
+        state.push(self.folder.path());
+        Self { folder: self.folder, ..next }
+    }
+
     pub(crate) fn spec(&self) -> ServiceSpec {
         ServiceSpec {
             config: self.config.clone(),

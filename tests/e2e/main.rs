@@ -14,6 +14,7 @@ mod batch; // Many prompts: the same answers with any split, resumed after a kil
 mod bench; // Rates, bounds and pictures.
 mod daemon; // `serve` and its clients.
 mod deaths; // Workers and supervisors that are killed.
+mod durable; // Jobs that survive everything.
 mod metrics; // What is counted and measured, printed and scraped.
 mod reload; // From one configuration to the next.
 mod reuse; // What was read or said before saves work and changes nothing.

@@ -51,18 +51,29 @@ impl Folder {
     /// The binary with these arguments (split at blanks; `%` stands for the folder), in this folder.
     pub(crate) fn command(&self, line: &str) -> Command {
         let home = self.0.path();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnetd"));
+        let mut command = self.place(Command::new(env!("CARGO_BIN_EXE_bitnetd")));
         command.args(line.split_whitespace().map(|word| word.replace('%', home.to_str().unwrap())));
         command
-            .current_dir(home)
-            .env("HOME", home)
-            .env("STATE_DIRECTORY", home.join("state"))
-            .stdin(Stdio::null());
+    }
+
+    /// A script for the shell, in this folder.
+    pub(crate) fn shell(&self, script: &str) -> Command {
+        let mut command = self.place(Command::new("sh"));
+        command.args(["-c", script]);
+        command
+    }
+
+    /// The command in this folder, and with it as home.
+    fn place(&self, mut command: Command) -> Command {
+        let home = self.0.path();
+        command.current_dir(home).env("HOME", home).stdin(Stdio::null());
         for variable in
             ["BITNETD_SOCKET", "BITNETD_CONFIG", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_STATE_HOME"]
         {
             command.env_remove(variable);
         }
+        // Else root's daemons would all want the system's journal.
+        command.env("STATE_DIRECTORY", home.join("state"));
         command
     }
 
@@ -145,6 +156,18 @@ impl Daemon {
             assert_eq!(daemon.child.try_wait().unwrap(), None, "it ended: {}", daemon.log(folder));
             let is_ready = |report: &StatusReport| report.slots.iter().all(|slot| slot.state == "ready");
             daemon.status().filter(|report| report.health == Health::Ready && is_ready(report))
+        });
+        daemon
+    }
+
+    /// The same with a command that runs `serve` on the usual socket of the folder.
+    #[track_caller]
+    pub(crate) fn adopt(folder: &Folder, mut command: Command) -> Self {
+        let child = command.stdout(Stdio::null()).spawn().unwrap();
+        let mut daemon = Self { child, socket: folder.path("bitnetd.sock") };
+        wait_for("the daemon is ready", || {
+            assert_eq!(daemon.child.try_wait().unwrap(), None, "it ended: {}", daemon.log(folder));
+            daemon.status().filter(|report| report.health == Health::Ready)
         });
         daemon
     }

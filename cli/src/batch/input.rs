@@ -55,6 +55,21 @@ impl Item {
     }
 }
 
+/// Reads all prompts of a file; `-` is stdin. Without a format it follows the name.
+pub(crate) fn read_file(
+    path: &Path,
+    format: Option<Format>,
+    usual: &GenerationArgs,
+) -> Result<Vec<Item>, CliError> {
+    let format = format.unwrap_or_else(|| Format::of(path));
+    if path == Path::new("-") {
+        return read(std::io::stdin().lock(), "stdin", format, usual);
+    }
+    let file =
+        std::fs::File::open(path).map_err(|source| CliError::file("read the prompts from", path, source))?;
+    read(file, &path.display().to_string(), format, usual)
+}
+
 /// Reads all prompts. Every problem names its line.
 pub(crate) fn read(
     source: impl Read,
@@ -99,7 +114,8 @@ pub(crate) fn read(
     Ok(items)
 }
 
-fn shown(prompt: &Prompt) -> String {
+/// A prompt as results show it.
+pub(crate) fn shown(prompt: &Prompt) -> String {
     match prompt {
         Prompt::Text(text) => text.clone(),
         Prompt::Chat(messages) => messages.last().map(|message| message.content.clone()).unwrap_or_default(),

@@ -1,11 +1,11 @@
 //! `bitnetd batch`: many prompts, several at a time, results as they finish, resumable.
 
-mod input; // Lines to requests.
+pub(crate) mod input; // Lines to requests.
 mod output; // The results file.
 mod summary; // What it came to.
 
 use std::io::IsTerminal as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -157,7 +157,7 @@ const RETRY_MS_MAX: u64 = 10_000;
 
 /// Runs the command.
 pub(crate) fn main(args: &BatchArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
-    let items = read_items(args)?;
+    let items = input::read_file(&args.input, args.format, &args.generation)?;
     let results = args.output.as_deref().map(|path| Results::open(path, &items)).transpose()?;
     let is_done = |index| results.as_ref().is_some_and(|results| results.is_done(index));
     let n_resumed = results.as_ref().map_or(0, Results::n_done);
@@ -203,16 +203,6 @@ pub(crate) fn main(args: &BatchArgs, log: &LogArgs) -> Result<ExitCode, CliError
 
 /// Jobs on a daemon at a time; it shares its workers with others.
 const DAEMON_PARALLEL: usize = 8;
-
-fn read_items(args: &BatchArgs) -> Result<Vec<Item>, CliError> {
-    let format = args.format.unwrap_or_else(|| Format::of(&args.input));
-    if args.input == Path::new("-") {
-        return input::read(std::io::stdin().lock(), "stdin", format, &args.generation);
-    }
-    let file = std::fs::File::open(&args.input)
-        .map_err(|source| CliError::file("read the prompts from", &args.input, source))?;
-    input::read(file, &args.input.display().to_string(), format, &args.generation)
-}
 
 fn progress_bar(n_items: usize, n_done: usize, quiet: bool) -> ProgressBar {
     let target = if !quiet && std::io::stderr().is_terminal() {

@@ -65,7 +65,6 @@ pub enum ClientId {
 pub(crate) enum Standing {
     /// A client reads along. Bounded by `queue.max_jobs` and `queue.max_per_client`.
     Attended,
-    #[cfg_attr(not(test), expect(dead_code, reason = "the journal is the next step"))]
     /// The journal holds it; whoever feeds it bounds how many there are. It goes after those that are attended.
     Durable {
         /// Workers that died with it on board since its last token, before this supervisor lived.
