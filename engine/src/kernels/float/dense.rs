@@ -88,18 +88,11 @@ impl DenseRows<'_> {
     fn of<L: Lanes, F: RowReader>(&self, lanes: L) {
         let n = self.x.len() / self.w.n_cols();
         let mut row = self.rows.start;
-        // One row's chain of additions alone is slower than memory. But memory reads few sequences of lines faster
-        // than many.
-        if n == 1 && F::IS_PACKED {
-            while row + 4 <= self.rows.end {
-                self.tile::<L, F, 4, 1>(lanes, row, 0);
-                row += 4;
-            }
-        } else if n == 1 {
-            while row + 2 <= self.rows.end {
-                self.tile::<L, F, 2, 1>(lanes, row, 0);
-                row += 2;
-            }
+        // One token is bound by reading, and memory reads one sequence of lines faster than four: unless unpacking
+        // takes longer.
+        while n == 1 && F::IS_PACKED && row + 4 <= self.rows.end {
+            self.tile::<L, F, 4, 1>(lanes, row, 0);
+            row += 4;
         }
         while n > 1 && row + 4 <= self.rows.end {
             let mut token = 0;
@@ -164,10 +157,14 @@ impl DenseRows<'_> {
             *x = &self.x[(token + t) * n_cols..][..n_cols];
         }
         let mut acc = [[lanes.splat(0.0); T]; R];
-        for first_pair in (0..n_pairs).step_by(F::BLOCK_PAIRS) {
-            let blocks: [F::Block; R] =
-                std::array::from_fn(|r| F::block(lanes, rows[r], first_pair / F::BLOCK_PAIRS));
-            for pair in first_pair..n_pairs.min(first_pair + F::BLOCK_PAIRS) {
+        // Formats with blocks of several pairs have whole blocks only.
+        for block in 0..n_pairs / F::BLOCK_PAIRS {
+            let mut blocks = [F::block(lanes, rows[0], block); R];
+            for r in 1..R {
+                blocks[r] = F::block(lanes, rows[r], block);
+            }
+            for pair in 0..F::BLOCK_PAIRS {
+                let pair = block * F::BLOCK_PAIRS + pair;
                 let mut x_pair = [[lanes.splat(0.0); 2]; T];
                 for t in 0..T {
                     let x = xs[t][pair * 32..][..32].as_chunks::<16>().0;

@@ -6,7 +6,7 @@ use crate::dense::{Q4_0_BLOCK_BYTES, Q6_K_BLOCK_BYTES, Q8_0_BLOCK_BYTES};
 /// How to read a row of one format.
 pub(super) trait RowReader {
     /// What is worked out once for several pairs of vectors.
-    type Block;
+    type Block: Copy;
 
     /// Pairs in a block.
     const BLOCK_PAIRS: usize = 1;
@@ -14,8 +14,9 @@ pub(super) trait RowReader {
     /// Pairs in a cache line, about.
     const LINE_PAIRS: usize = 1;
 
-    /// Whether a row is bound by arithmetic when there is only one input.
-    const IS_PACKED: bool = true;
+    /// Whether several rows should be worked on together when there is only one input, so that one's unpacking hides
+    /// another's chain of additions.
+    const IS_PACKED: bool = false;
 
     fn block<L: Lanes>(lanes: L, row: &[u8], block: usize) -> Self::Block;
 
@@ -39,8 +40,6 @@ fn bytes<const N: usize>(row: &[u8], at: usize) -> &[u8; N] {
 impl RowReader for F32 {
     type Block = ();
 
-    const IS_PACKED: bool = false;
-
     #[inline(always)]
     fn block<L: Lanes>(_lanes: L, _row: &[u8], _block: usize) {}
 
@@ -58,8 +57,6 @@ impl RowReader for F32 {
 impl RowReader for F16 {
     type Block = ();
 
-    const IS_PACKED: bool = false;
-
     #[inline(always)]
     fn block<L: Lanes>(_lanes: L, _row: &[u8], _block: usize) {}
 
@@ -72,8 +69,6 @@ impl RowReader for F16 {
 
 impl RowReader for Bf16 {
     type Block = ();
-
-    const IS_PACKED: bool = false;
 
     #[inline(always)]
     fn block<L: Lanes>(_lanes: L, _row: &[u8], _block: usize) {}
@@ -123,6 +118,7 @@ impl RowReader for Q4_0 {
 }
 
 /// A block of 256 columns, unpacked to where vectors can be loaded from.
+#[derive(Clone, Copy)]
 pub(super) struct Q6KBlock {
     codes: [u8; 256], // Minus 32; signed.
     scales: [f32; 16],
@@ -130,6 +126,8 @@ pub(super) struct Q6KBlock {
 
 impl RowReader for Q6K {
     type Block = Q6KBlock;
+
+    const IS_PACKED: bool = true;
 
     const BLOCK_PAIRS: usize = 8;
 
