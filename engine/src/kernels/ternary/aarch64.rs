@@ -21,6 +21,10 @@ const TOKENS_MAX: usize = 2;
 /// Rows that share a load of values.
 const QUAD: usize = 4;
 
+/// Bytes of values that four rows are multiplied with before the next four come: the rows stay in the L1 cache
+/// meanwhile, the values in the L2 cache.
+const GROUP_BYTES: usize = 256 << 10;
+
 /// Registers in a line.
 const LINE_PARTS: usize = 4;
 
@@ -33,10 +37,10 @@ fn narrow_blocks<P: Products>() -> usize {
 /// Where the codes of a tile of rows come from.
 #[derive(Clone, Copy)]
 enum Codes<'a> {
-    /// The packed rows from this one.
-    Packed(PackedRows<'a>, usize),
-    /// Unpacked: `(16, n_blocks, 4)` lines.
-    Unpacked(&'a [Line]),
+    /// The packed rows.
+    Packed(PackedRows<'a>),
+    /// Unpacked from this row on: `(16, n_blocks, 4)` lines.
+    Unpacked(&'a [Line], usize),
 }
 
 /// Multiplies the rows of a job. Only this thread may have them.
@@ -75,72 +79,76 @@ fn matmul<P: Products, const REVERSED: bool>(
         unpacked.resize(tile_lines, Line([0; 64]));
     }
     let unpacked = &mut unpacked[..tile_lines];
+    let group_tokens = (GROUP_BYTES / (job.rows.n_blocks() * BLOCK_COLS) / TOKENS_MAX).max(1) * TOKENS_MAX;
     for tile in (0..job.rows.n_rows()).step_by(TILE_ROWS) {
+        let quads = (tile..job.rows.n_rows().min(tile + TILE_ROWS)).step_by(QUAD);
         if acts.n_rows() == 1 {
-            tokens::<P, REVERSED, 1>(products, job, acts, (0, tile), Codes::Packed(job.rows, tile));
+            for first in quads {
+                tokens::<P, REVERSED, 1>(products, job, acts, (0, first), Codes::Packed(job.rows));
+            }
             continue;
         }
         unpack::<P, REVERSED>(products, job.rows, tile, unpacked);
-        for token in (0..acts.n_rows()).step_by(TOKENS_MAX) {
-            let codes = Codes::Unpacked(unpacked);
-            if token + TOKENS_MAX <= acts.n_rows() {
-                tokens::<P, REVERSED, TOKENS_MAX>(products, job, acts, (token, tile), codes);
-            } else {
-                tokens::<P, REVERSED, 1>(products, job, acts, (token, tile), codes);
+        let codes = Codes::Unpacked(unpacked, tile);
+        for group in (0..acts.n_rows()).step_by(group_tokens) {
+            let group_end = acts.n_rows().min(group + group_tokens);
+            for first in quads.clone() {
+                let mut token = group;
+                while token + TOKENS_MAX <= group_end {
+                    tokens::<P, REVERSED, TOKENS_MAX>(products, job, acts, (token, first), codes);
+                    token += TOKENS_MAX;
+                }
+                for token in token..group_end {
+                    tokens::<P, REVERSED, 1>(products, job, acts, (token, first), codes);
+                }
             }
         }
     }
 }
 
-/// Multiplies a tile of rows with `N` tokens.
+/// Multiplies four rows from `first` with `N` tokens.
 #[inline(always)]
 fn tokens<P: Products, const REVERSED: bool, const N: usize>(
     products: P,
     job: &RowsJob<'_>,
     acts: &QuantizedRows,
-    (first_token, tile): (usize, usize),
+    (first_token, first): (usize, usize),
     codes: Codes<'_>,
 ) {
     let values: [&[Line]; N] = std::array::from_fn(|token| acts.lines(first_token + token));
     let n_blocks = job.rows.n_blocks();
-    assert!(!(job.has_block_scales() && job.rows.has_half()), "scales in whole blocks");
-    let mut dots = [[0; TILE_ROWS]; N];
-    let mut sums = [[0.0_f32; TILE_ROWS]; N];
-    for first in (0..TILE_ROWS).step_by(QUAD) {
-        if !job.has_block_scales() {
-            let quad = quad::<P, REVERSED, N>(products, codes, first, &values, 0..n_blocks);
-            for (quad, dots) in quad.into_iter().zip(&mut dots) {
-                dots[first..first + QUAD].copy_from_slice(&quad);
-            }
-            continue;
+    if !job.has_block_scales() {
+        let quad = quad::<P, REVERSED, N>(products, codes, first, &values, 0..n_blocks);
+        for (token, dots) in quad.iter().enumerate() {
+            let scale = TokenScale::of(acts, first_token + token);
+            // SAFETY: the caller promises that this thread alone has these rows.
+            unsafe { job.finish_dots(first, dots, scale) };
         }
-        let starts = job.rows.starts::<QUAD>(tile + first);
-        for block in 0..n_blocks {
-            let quad = quad::<P, REVERSED, N>(products, codes, first, &values, block..block + 1);
-            // SAFETY: the rows have this block with a scale, as `has_block_scales` says.
-            let scales =
-                unsafe { job.block_scales(&starts, block) }.map(|bits| f16::from_bits(bits).to_f32_const());
-            for (token, (sums, dots)) in sums.iter_mut().zip(quad).enumerate() {
-                let block_sum = acts.block_sums(first_token + token)[block];
-                for ((sum, dot), scale) in sums[first..].iter_mut().zip(dots).zip(scales) {
-                    *sum = exact_f32(dot - block_sum).mul_add(scale, *sum);
-                }
+        return;
+    }
+    assert!(!job.rows.has_half(), "scales in whole blocks");
+    let starts = job.rows.starts::<QUAD>(first);
+    let mut sums = [[0.0_f32; QUAD]; N];
+    for block in 0..n_blocks {
+        let quad = quad::<P, REVERSED, N>(products, codes, first, &values, block..block + 1);
+        // SAFETY: the rows have this block with a scale, as `has_block_scales` says.
+        let scales = unsafe { job.block_scales(&starts, block) };
+        let scales = scales.map(|bits| f16::from_bits(bits).to_f32_const());
+        for (token, (sums, dots)) in sums.iter_mut().zip(quad).enumerate() {
+            let block_sum = acts.block_sums(first_token + token)[block];
+            for ((sum, dot), scale) in sums.iter_mut().zip(dots).zip(scales) {
+                *sum = exact_f32(dot - block_sum).mul_add(scale, *sum);
             }
         }
     }
-    for (token, (dots, sums)) in dots.iter().zip(&sums).enumerate() {
+    for (token, sums) in sums.iter().enumerate() {
         let scale = TokenScale::of(acts, first_token + token);
-        if job.has_block_scales() {
-            // SAFETY: the caller promises that this thread alone has these rows.
-            unsafe { job.finish_sums(tile, sums, scale) };
-        } else {
-            // SAFETY: the caller promises that this thread alone has these rows.
-            unsafe { job.finish_dots(tile, dots, scale) };
-        }
+        // SAFETY: the caller promises that this thread alone has these rows.
+        unsafe { job.finish_sums(first, sums, scale) };
     }
 }
 
-/// Sums of four rows from row `first` of the tile times `N` tokens over some blocks.
+/// Sums of four rows from `first` times `N` tokens over some blocks.
 #[inline(always)]
 fn quad<P: Products, const REVERSED: bool, const N: usize>(
     products: P,
@@ -150,10 +158,8 @@ fn quad<P: Products, const REVERSED: bool, const N: usize>(
     blocks: Range<usize>,
 ) -> [[i32; QUAD]; N] {
     let sums = match codes {
-        Codes::Packed(rows, tile) => {
-            [packed_sums::<P, REVERSED>(products, rows, tile + first, values[0], blocks); N]
-        }
-        Codes::Unpacked(lines) => unpacked_sums::<P, N>(products, lines, first, values, blocks),
+        Codes::Packed(rows) => [packed_sums::<P, REVERSED>(products, rows, first, values[0], blocks); N],
+        Codes::Unpacked(lines, tile) => unpacked_sums::<P, N>(products, lines, first - tile, values, blocks),
     };
     let mut out = [[0; QUAD]; N];
     for token in 0..N {

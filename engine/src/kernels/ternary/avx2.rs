@@ -10,11 +10,15 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::packed::{PackedRows, RowsJob};
-use super::quantized_rows::{BLOCK_LINES, Line};
+use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
 use super::{QuantizedRows, TILE_ROWS, TokenScale};
 
 /// Rows that share a load of values.
 const QUAD: usize = 4;
+
+/// Bytes of values that four rows are multiplied with before the next four come: the rows stay in the L1 cache
+/// meanwhile, the values in the L2 cache.
+const GROUP_BYTES: usize = 256 << 10;
 
 /// How far ahead weights are fetched into the L2 cache: see the AVX-512 path.
 const PREFETCH_BYTES: usize = 10 << 10;
@@ -112,10 +116,10 @@ impl Products for Evex {
 /// Where the codes of a tile of rows come from.
 #[derive(Clone, Copy)]
 enum Codes<'a> {
-    /// The packed rows from this one.
-    Packed(PackedRows<'a>, usize),
-    /// Unpacked: `(16, n_blocks, 4)` lines.
-    Unpacked(&'a [Line]),
+    /// The packed rows.
+    Packed(PackedRows<'a>),
+    /// Unpacked from this row on: `(16, n_blocks, 4)` lines.
+    Unpacked(&'a [Line], usize),
 }
 
 /// Multiplies the rows of a job. Only this thread may have them.
@@ -161,73 +165,74 @@ fn matmul_by<P: Products, const REVERSED: bool, const N_MAX: usize>(
         unpacked.resize(tile_lines, Line([0; 64]));
     }
     let unpacked = &mut unpacked[..tile_lines];
+    let group_tokens = (GROUP_BYTES / (job.rows.n_blocks() * BLOCK_COLS) / N_MAX).max(1) * N_MAX;
     for tile in (0..job.rows.n_rows()).step_by(TILE_ROWS) {
+        let quads = (tile..job.rows.n_rows().min(tile + TILE_ROWS)).step_by(QUAD);
         if acts.n_rows() == 1 {
-            tokens::<P, REVERSED, 1>(products, job, acts, (0, tile), Codes::Packed(job.rows, tile));
+            for first in quads {
+                tokens::<P, REVERSED, 1>(products, job, acts, (0, first), Codes::Packed(job.rows));
+            }
             continue;
         }
         // SAFETY: `products` proves AVX2.
         unsafe { unpack::<REVERSED>(job.rows, tile, unpacked) };
-        let codes = Codes::Unpacked(unpacked);
-        let mut token = 0;
-        while token + N_MAX <= acts.n_rows() {
-            tokens::<P, REVERSED, N_MAX>(products, job, acts, (token, tile), codes);
-            token += N_MAX;
-        }
-        for token in token..acts.n_rows() {
-            tokens::<P, REVERSED, 1>(products, job, acts, (token, tile), codes);
+        let codes = Codes::Unpacked(unpacked, tile);
+        for group in (0..acts.n_rows()).step_by(group_tokens) {
+            let group_end = acts.n_rows().min(group + group_tokens);
+            for first in quads.clone() {
+                let mut token = group;
+                while token + N_MAX <= group_end {
+                    tokens::<P, REVERSED, N_MAX>(products, job, acts, (token, first), codes);
+                    token += N_MAX;
+                }
+                for token in token..group_end {
+                    tokens::<P, REVERSED, 1>(products, job, acts, (token, first), codes);
+                }
+            }
         }
     }
 }
 
-/// Multiplies a tile of rows with `N` tokens.
+/// Multiplies four rows from `first` with `N` tokens.
 #[inline(always)]
 fn tokens<P: Products, const REVERSED: bool, const N: usize>(
     products: P,
     job: &RowsJob<'_>,
     acts: &QuantizedRows,
-    (first_token, tile): (usize, usize),
+    (first_token, first): (usize, usize),
     codes: Codes<'_>,
 ) {
     let values: [&[Line]; N] = std::array::from_fn(|token| acts.lines(first_token + token));
     let n_blocks = job.rows.n_blocks();
-    assert!(!(job.has_block_scales() && job.rows.has_half()), "scales in whole blocks");
-    let mut dots = [[0; TILE_ROWS]; N];
-    let mut sums = [[0.0; TILE_ROWS]; N];
-    for first in (0..TILE_ROWS).step_by(QUAD) {
-        if !job.has_block_scales() {
-            let quad = quad::<P, REVERSED, N>(products, codes, first, &values, 0..n_blocks);
-            for (quad, dots) in quad.into_iter().zip(&mut dots) {
-                // SAFETY: 4 elements from `first`.
-                unsafe { _mm_storeu_si128(dots[first..first + QUAD].as_mut_ptr().cast(), quad) };
-            }
-            continue;
+    if !job.has_block_scales() {
+        let quad = quad::<P, REVERSED, N>(products, codes, first, &values, 0..n_blocks);
+        for (token, quad) in quad.into_iter().enumerate() {
+            let mut dots = [0; QUAD];
+            // SAFETY: 4 elements.
+            unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), quad) };
+            let scale = TokenScale::of(acts, first_token + token);
+            // SAFETY: the caller promises that this thread alone has these rows.
+            unsafe { job.finish_dots(first, &dots, scale) };
         }
-        let starts = job.rows.starts::<QUAD>(tile + first);
-        let mut acc = [[0.0; QUAD]; N];
-        for block in 0..n_blocks {
-            let quad = quad::<P, REVERSED, N>(products, codes, first, &values, block..block + 1);
-            // SAFETY: the rows have this block with a scale, as `has_block_scales` says.
-            let scales = unsafe { job.block_scales(&starts, block) };
-            for (token, (acc, dots)) in acc.iter_mut().zip(quad).enumerate() {
-                let block_sum = acts.block_sums(first_token + token)[block];
-                // SAFETY: `products` proves AVX2, and with it FMA and F16C.
-                unsafe { add_block(acc, dots, block_sum, scales) };
-            }
-        }
-        for (acc, sums) in acc.into_iter().zip(&mut sums) {
-            sums[first..first + QUAD].copy_from_slice(&acc);
+        return;
+    }
+    assert!(!job.rows.has_half(), "scales in whole blocks");
+    let starts = job.rows.starts::<QUAD>(first);
+    let mut sums = [[0.0; QUAD]; N];
+    for block in 0..n_blocks {
+        let quad = quad::<P, REVERSED, N>(products, codes, first, &values, block..block + 1);
+        // SAFETY: the rows have this block with a scale, as `has_block_scales` says.
+        let scales = unsafe { job.block_scales(&starts, block) };
+        for (token, (sums, dots)) in sums.iter_mut().zip(quad).enumerate() {
+            let block_sum = acts.block_sums(first_token + token)[block];
+            // SAFETY: `products` proves AVX2, and with it FMA and F16C.
+            unsafe { add_block(sums, dots, block_sum, scales) };
         }
     }
-    for (token, (dots, sums)) in dots.iter().zip(&sums).enumerate() {
+    for (token, sums) in sums.iter().enumerate() {
         let scale = TokenScale::of(acts, first_token + token);
-        if job.has_block_scales() {
-            // SAFETY: the caller promises that this thread alone has these rows.
-            unsafe { job.finish_sums(tile, sums, scale) };
-        } else {
-            // SAFETY: the caller promises that this thread alone has these rows.
-            unsafe { job.finish_dots(tile, dots, scale) };
-        }
+        // SAFETY: the caller promises that this thread alone has these rows.
+        unsafe { job.finish_sums(first, sums, scale) };
     }
 }
 
@@ -245,7 +250,7 @@ fn add_block(acc: &mut [f32; QUAD], dots: __m128i, block_sum: i32, scales: [u16;
     unsafe { _mm_storeu_ps(acc.as_mut_ptr(), after) };
 }
 
-/// Sums of four rows from row `first` of the tile times `N` tokens over some blocks.
+/// Sums of four rows from `first` times `N` tokens over some blocks.
 #[inline(always)]
 fn quad<P: Products, const REVERSED: bool, const N: usize>(
     products: P,
@@ -255,10 +260,8 @@ fn quad<P: Products, const REVERSED: bool, const N: usize>(
     blocks: Range<usize>,
 ) -> [__m128i; N] {
     let sums = match codes {
-        Codes::Packed(rows, tile) => {
-            [packed_sums::<P, REVERSED>(products, rows, tile + first, values[0], blocks); N]
-        }
-        Codes::Unpacked(lines) => unpacked_sums::<P, N>(products, lines, first, values, blocks),
+        Codes::Packed(rows) => [packed_sums::<P, REVERSED>(products, rows, first, values[0], blocks); N],
+        Codes::Unpacked(lines, tile) => unpacked_sums::<P, N>(products, lines, first - tile, values, blocks),
     };
     // SAFETY: `products` proves AVX2.
     sums.map(|[a, b, c, d]| unsafe { horizontal_sums(a, b, c, d) })

@@ -60,14 +60,17 @@ impl<'a> Output<'a> {
     /// # Safety
     /// No other thread uses these rows.
     #[inline(always)]
-    pub(super) unsafe fn finish_dots(&self, rows: Range<usize>, dots: &[i32], token: TokenScale, scale: f32) {
+    pub(super) unsafe fn finish_dots<const N: usize>(
+        &self,
+        rows: Range<usize>,
+        dots: &[i32; N],
+        token: TokenScale,
+        scale: f32,
+    ) {
         // SAFETY: the caller's promise; the tile is dropped before this function returns.
         let out = unsafe { self.tile(token.token, rows) };
         let value = |dot: i32| (exact_f32(dot) - token.sum) / token.scale * scale;
-        match self.store {
-            Store::Set => out.iter_mut().zip(dots).for_each(|(out, &dot)| *out = value(dot)),
-            Store::Add => out.iter_mut().zip(dots).for_each(|(out, &dot)| *out += value(dot)),
-        }
+        self.put(out, &dots.map(value));
     }
 
     /// Finishes the sums of one token for a tile of rows of a matrix with scales in its blocks.
@@ -75,12 +78,26 @@ impl<'a> Output<'a> {
     /// # Safety
     /// No other thread uses these rows.
     #[inline(always)]
-    pub(super) unsafe fn finish_sums(&self, rows: Range<usize>, sums: &[f32], token: TokenScale) {
+    pub(super) unsafe fn finish_sums<const N: usize>(
+        &self,
+        rows: Range<usize>,
+        sums: &[f32; N],
+        token: TokenScale,
+    ) {
         // SAFETY: the caller's promise; the tile is dropped before this function returns.
         let out = unsafe { self.tile(token.token, rows) };
-        match self.store {
-            Store::Set => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum / token.scale),
-            Store::Add => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out += sum / token.scale),
+        self.put(out, &sums.map(|sum| sum / token.scale));
+    }
+
+    /// Stores as many of `values` as there are places.
+    #[inline(always)]
+    fn put<const N: usize>(&self, out: &mut [f32], values: &[f32; N]) {
+        match (<&mut [f32; N]>::try_from(&mut *out), self.store) {
+            // All of them, in vectors.
+            (Ok(out), Store::Set) => *out = *values,
+            (Ok(out), Store::Add) => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
+            (Err(_), Store::Set) => out.iter_mut().zip(values).for_each(|(out, value)| *out = *value),
+            (Err(_), Store::Add) => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
         }
     }
 }

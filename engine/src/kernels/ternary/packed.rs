@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
 use super::TILE_ROWS;
 use super::output::{Output, TokenScale};
 use super::quantized_rows::BLOCK_COLS;
@@ -148,16 +149,21 @@ impl RowsJob<'_> {
         unsafe { self.out.tile(token.token, self.first_row + first..self.first_row + first + n) }
     }
 
-    /// Finishes the sums of one token for 16 rows from `first`, of which the first that exist are stored.
+    /// Finishes the sums of one token for `N` rows from `first`, of which the first that exist are stored.
     ///
     /// # Safety
     /// No other thread uses these rows.
     #[inline(always)]
-    pub(super) unsafe fn finish_dots(&self, first: usize, dots: &[i32; TILE_ROWS], token: TokenScale) {
-        let n = TILE_ROWS.min(self.rows.n_rows - first);
+    pub(super) unsafe fn finish_dots<const N: usize>(
+        &self,
+        first: usize,
+        dots: &[i32; N],
+        token: TokenScale,
+    ) {
+        let n = N.min(self.rows.n_rows - first);
         let rows = self.first_row + first..self.first_row + first + n;
         // SAFETY: the caller's promise.
-        unsafe { self.out.finish_dots(rows, &dots[..n], token, self.matrix.scale()) };
+        unsafe { self.out.finish_dots(rows, dots, token, self.matrix.scale()) };
     }
 
     /// The same for sums over scaled blocks.
@@ -165,11 +171,16 @@ impl RowsJob<'_> {
     /// # Safety
     /// No other thread uses these rows.
     #[inline(always)]
-    pub(super) unsafe fn finish_sums(&self, first: usize, sums: &[f32; TILE_ROWS], token: TokenScale) {
-        let n = TILE_ROWS.min(self.rows.n_rows - first);
+    pub(super) unsafe fn finish_sums<const N: usize>(
+        &self,
+        first: usize,
+        sums: &[f32; N],
+        token: TokenScale,
+    ) {
+        let n = N.min(self.rows.n_rows - first);
         let rows = self.first_row + first..self.first_row + first + n;
         // SAFETY: the caller's promise.
-        unsafe { self.out.finish_sums(rows, &sums[..n], token) };
+        unsafe { self.out.finish_sums(rows, sums, token) };
     }
 }
 
