@@ -155,6 +155,13 @@ fn table(report: &StatusReport) -> String {
             line("", format!("PROBLEM: {problem}"));
         }
     }
+    let mut held: Vec<String> =
+        report.slots.iter().filter_map(|slot| Some(slot.confinement?.to_string())).collect();
+    held.sort();
+    held.dedup();
+    if !held.is_empty() {
+        line("confined", held.join("; "));
+    }
     line("repairs", format!("{} restarts, {} jobs moved", totals.restarts, totals.failovers));
     line("tokens", format!("{} generated", totals.tokens));
     lines.push('\n');
@@ -216,7 +223,7 @@ pub(crate) fn format_age(age: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use bitnetd_proto::status::Totals;
-    use bitnetd_proto::worker_link::{ModelSummary, WorkerLoad};
+    use bitnetd_proto::worker_link::{Confinement, ModelSummary, WorkerLoad};
 
     use super::*;
 
@@ -231,6 +238,7 @@ mod tests {
             restarts: 0,
             jobs: 2,
             load: WorkerLoad { decode_tokens: 512, ..WorkerLoad::default() },
+            confinement: Some(Confinement { landlock: 7, seccomp: true }),
             last_exit: None,
         };
         let broken = SlotReport {
@@ -283,6 +291,7 @@ mod tests {
         health   ready, up 1h 1m, pid 4242, bitnetd/0.1.0
         model    story (bitnet-b1.58, 7.3M parameters, 4.2 MB, context 256, avx2)
         jobs     3 waiting of 512, 17 completed, 0 failed, 0 cancelled, 0 refused
+        confined landlock 7 and seccomp
         repairs  12 restarts, 1 jobs moved
         tokens   700 generated
 

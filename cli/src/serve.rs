@@ -4,7 +4,7 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use bitnetd_config::{Config, Environment, JournalChoice, ServiceManager};
+use bitnetd_config::{Config, Confinement, Environment, JournalChoice, ServiceManager};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_supervisor::{Activation, Journal, Listener, Notifier, ScrapeListener, Service};
 use clap::Args;
@@ -168,6 +168,11 @@ async fn serve(
     // A limit of file sizes is to be an error that is told, not a death.
     let _file_size =
         signal(SignalKind::from_raw(SIGXFSZ)).map_err(|error| CliError::os("handle signals", error))?;
+    if config.security.confinement != Confinement::Off {
+        // The socket has its owner: nothing is left that needs more than a user's rights.
+        bitnetd_supervisor::reduce_privileges()
+            .map_err(|error| CliError::with_code(ExitCode::Permission, error))?;
+    }
     let service = Service::start_under(local::service_spec(config)?, notifier, activation.stored).await?;
     match journal {
         Ok(journal) => {

@@ -1,6 +1,8 @@
 //! Enums whose values have names in the configuration file.
 
-use crate::sections::{CoreChoice, HeadChoice, LogFormat, NumaPolicy, Profile, SchedulerChoice, SmtPolicy};
+use crate::sections::{
+    Confinement, CoreChoice, HeadChoice, LogFormat, NumaPolicy, Profile, SchedulerChoice, SmtPolicy,
+};
 
 /// A closed set of named values.
 pub trait Choice: Copy + PartialEq + 'static {
@@ -55,6 +57,11 @@ impl Choice for NumaPolicy {
         ("interleave", Self::Interleave),
         ("off", Self::Off),
     ];
+}
+
+impl Choice for Confinement {
+    const CHOICES: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("require", Self::Require), ("off", Self::Off)];
 }
 
 impl Choice for LogFormat {

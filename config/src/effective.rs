@@ -97,6 +97,7 @@ impl Config {
                 _ => return None,
             }),
             "listen" => self.listen_value(key.name),
+            "security" => (key.name == "confinement").then(|| quoted(self.security.confinement.name())),
             "log" => Some(match key.name {
                 "format" => quoted(self.log.format.name()),
                 "level" => quoted(&self.log.level),
@@ -179,6 +180,8 @@ impl Config {
         match name {
             "socket" => self.listen.socket.as_deref().map(quoted_path),
             "mode" => Some(quoted(&values::format_mode(self.listen.mode))),
+            "owner" => self.listen.owner.as_deref().map(quoted),
+            "group" => self.listen.group.as_deref().map(quoted),
             "allow_uids" => Some(format!("{:?}", self.listen.allow_uids)),
             "allow_gids" => Some(format!("{:?}", self.listen.allow_gids)),
             "max_connections" => Some(self.listen.max_connections.to_string()),

@@ -11,7 +11,8 @@ use crate::problem::{ConfigErrors, LoadError};
 use crate::reader::{Problems, Refusal, Table};
 use crate::sections::{
     AffinityConfig, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
-    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
+    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, SecurityConfig, ServiceConfig, SplitConfig,
+    WatchdogConfig,
 };
 use crate::{Choice, cpu_list, schema, values};
 
@@ -21,6 +22,8 @@ pub const CONFIG_FILE_BYTES_MAX: u64 = 1 << 20;
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Longest alias, in bytes.
 const ALIAS_BYTES_MAX: usize = 128;
+/// Longest name of a user or a group, in bytes.
+const PRINCIPAL_BYTES_MAX: usize = 64;
 /// Longest duration anywhere.
 const DURATION_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Most workers or threads, and most entries of a list.
@@ -65,6 +68,7 @@ impl Config {
             watchdog: root.section("watchdog", watchdog),
             service: root.section("service", service),
             listen: root.section("listen", |table| listen(table, base)),
+            security: root.section("security", security),
             log: root.section("log", log),
         };
         root.finish();
@@ -270,6 +274,8 @@ fn listen(table: &mut Table<'_, '_, '_>, base: &Path) -> ListenConfig {
     ListenConfig {
         socket: table.get("socket", |value| socket_path(value, base)),
         mode: table.get("mode", mode).unwrap_or(default.mode),
+        owner: table.get("owner", principal),
+        group: table.get("group", principal),
         allow_uids: table.get("allow_uids", ids).unwrap_or_default(),
         allow_gids: table.get("allow_gids", ids).unwrap_or_default(),
         max_connections: table
@@ -298,6 +304,10 @@ fn socket_path(value: &DeValue<'_>, base: &Path) -> Result<PathBuf, Refusal> {
             "the path has {bytes} bytes, and that of a Unix socket at most {SOCKET_PATH_BYTES_MAX}"
         ))),
     }
+}
+
+fn security(table: &mut Table<'_, '_, '_>) -> SecurityConfig {
+    SecurityConfig { confinement: table.get("confinement", choice).unwrap_or_default() }
 }
 
 fn log(table: &mut Table<'_, '_, '_>) -> LogConfig {
@@ -407,6 +417,23 @@ fn mode(value: &DeValue<'_>) -> Result<u32, Refusal> {
         Err(Refusal::new(format!("`{}` keeps the owner itself out", values::format_mode(bits)))
             .hint("\"0600\" lets in only the owner, \"0660\" the group too"))
     }
+}
+
+/// The name or number of a user or a group; whether there is one shows when the socket is made.
+fn principal(value: &DeValue<'_>) -> Result<String, Refusal> {
+    if matches!(value, DeValue::Integer(_)) {
+        return Ok(integer(value, 0..=u32::MAX - 1)?.to_string());
+    }
+    let is_name = |name: &&str| {
+        (1..=PRINCIPAL_BYTES_MAX).contains(&name.len())
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-$".contains(&byte))
+            && !name.starts_with('-')
+    };
+    value
+        .as_str()
+        .filter(is_name)
+        .map(str::to_owned)
+        .ok_or_else(|| Refusal::expected("the name or the number of a user or a group", value))
 }
 
 fn ids(value: &DeValue<'_>) -> Result<Vec<u32>, Refusal> {

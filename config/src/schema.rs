@@ -43,6 +43,7 @@ pub(crate) const SECTIONS: &[(&str, &str)] = &[
     ("watchdog", "When a worker that does not answer counts as hung."),
     ("service", "When the whole service counts as ready."),
     ("listen", "Where clients come in, and who may."),
+    ("security", "What holds workers in."),
     ("log", "What is written to stderr."),
 ];
 
@@ -177,6 +178,18 @@ pub const KEYS: &[Key] = &[
         "Unix socket for clients. Without it /run/bitnetd/bitnetd.sock where that may be written, else\n$XDG_RUNTIME_DIR/bitnetd.sock, else ~/.local/state/bitnetd/bitnetd.sock.",
     ),
     key("listen", "mode", "Permission bits of the socket, octal."),
+    absent(
+        "listen",
+        "owner",
+        "\"bitnetd\"",
+        "User who owns the socket, by name or number. Without it whoever runs the service.",
+    ),
+    absent(
+        "listen",
+        "group",
+        "\"bitnetd\"",
+        "Group of the socket, by name or number: with mode \"0660\" its members may connect. Without it the service's own.",
+    ),
     key(
         "listen",
         "allow_uids",
@@ -189,6 +202,11 @@ pub const KEYS: &[Key] = &[
         "metrics",
         "\"127.0.0.1:9464\"",
         "Where Prometheus fetches metrics over HTTP: an address with a port, or the path of a Unix socket (with `mode`).\nWithout it nowhere; `bitnetd metrics` prints them in any case.",
+    ),
+    key(
+        "security",
+        "confinement",
+        "Workers give up files, network, other processes and nearly all system calls: \"auto\" (what the kernel can do;\nwhat it cannot is logged and shown by `status`), \"require\" (no start without Landlock and seccomp), \"off\".",
     ),
     key("log", "format", "\"text\" for people, \"json\" with one object a line."),
     key(

@@ -25,6 +25,8 @@ pub struct Config {
     pub service: ServiceConfig,
     /// Where clients come in.
     pub listen: ListenConfig,
+    /// What holds workers in.
+    pub security: SecurityConfig,
     /// Logs.
     pub log: LogConfig,
 }
@@ -326,6 +328,10 @@ pub struct ListenConfig {
     pub socket: Option<PathBuf>,
     /// Permission bits of the socket.
     pub mode: u32,
+    /// User who owns the socket, by name or number; ours without it.
+    pub owner: Option<String>,
+    /// Group of the socket, by name or number; ours without it.
+    pub group: Option<String>,
     /// Uids that may connect; empty means whoever the mode lets in.
     pub allow_uids: Vec<u32>,
     /// Gids that may connect; empty means whoever the mode lets in.
@@ -350,12 +356,33 @@ impl Default for ListenConfig {
         Self {
             socket: None,
             mode: 0o660,
+            owner: None,
+            group: None,
             allow_uids: Vec::new(),
             allow_gids: Vec::new(),
             max_connections: 1024,
             metrics: None,
         }
     }
+}
+
+/// `[security]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SecurityConfig {
+    /// How far workers are confined.
+    pub confinement: Confinement,
+}
+
+/// `security.confinement`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Confinement {
+    /// As far as the kernel can; what it cannot is said.
+    #[default]
+    Auto,
+    /// With Landlock and seccomp, or not at all.
+    Require,
+    /// Not at all.
+    Off,
 }
 
 /// `[log]`

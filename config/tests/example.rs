@@ -39,7 +39,16 @@ fn example_has_and_explains_every_key() {
 #[test]
 fn the_commented_out_examples_are_valid_too() {
     let text = std::fs::read_to_string(example_path()).unwrap();
-    for line in ["path = ", "alias = ", "ctx = ", "ready_workers = ", "socket = ", "journal = "] {
+    for line in [
+        "path = ",
+        "alias = ",
+        "ctx = ",
+        "ready_workers = ",
+        "socket = ",
+        "owner = ",
+        "group = ",
+        "journal = ",
+    ] {
         let commented = text.lines().find(|text| text.starts_with(&format!("# {line}"))).expect(line);
         let changed = text.replacen(commented, &commented[2..], 1);
         let config = Config::parse(&changed, Path::new("/etc/bitnetd/bitnetd.toml")).unwrap();

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bitnetd_config::{
     AffinityConfig, Choice, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
-    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, ServiceConfig, SplitConfig, WatchdogConfig,
+    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, SecurityConfig, ServiceConfig, SplitConfig,
+    WatchdogConfig,
 };
 use proptest::prelude::*;
 
@@ -51,8 +52,8 @@ prop_compose! {
         isa in prop::sample::select(vec!["auto", "scalar", "avx512-vnni"]),
         (backoff, watchdog, rest) in (durations(), durations(), durations()),
         (mode, ids) in (0..0o200_u32, prop::collection::vec(0..70_000_u32, 0..5)),
-        format in choice(),
-        (nice, scheduler) in (-20..=19_i8, choice()),
+        (confinement, format, nice, scheduler) in (choice(), choice(), -20..=19_i8, choice()),
+        (owner, group) in (prop::option::of("[a-z_][a-z0-9._-]{0,20}"), prop::option::of("[0-9]{1,9}")),
     ) -> Config {
         let (reserve, smt, cores, numa) = affinity;
         Config {
@@ -96,6 +97,8 @@ prop_compose! {
             listen: ListenConfig {
                 socket: ctx.map(|ctx| format!("/run/{ctx}.sock").into()),
                 mode: mode | 0o600,
+                owner,
+                group,
                 allow_uids: ids.clone(),
                 allow_gids: ids,
                 max_connections: prefill_chunk,
@@ -104,6 +107,7 @@ prop_compose! {
                     _ => MetricsAddress::Unix(format!("/run/{ctx}/metrics.sock").into()),
                 }),
             },
+            security: SecurityConfig { confinement },
             log: LogConfig { format, level: "info,bitnetd_supervisor=debug".into() },
         }
     }

@@ -76,7 +76,7 @@ pub fn check_worker_hello(message: ToWorker) -> Result<WorkerSetup, WireError> {
 /// The worker's own error if it cannot start, [`ErrorCode::BadMessage`], [`ErrorCode::UnsupportedVersion`].
 pub fn check_worker_ready(message: FromWorker) -> Result<(ModelSummary, f64), WireError> {
     match message {
-        FromWorker::Ready { version, model, load_s } => {
+        FromWorker::Ready { version, model, load_s, .. } => {
             check_version("the worker", version)?;
             Ok((*model, load_s))
         }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::worker_link::{ModelSummary, WorkerLoad};
+use crate::worker_link::{Confinement, ModelSummary, WorkerLoad};
 
 /// Everything `bitnetd status --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -108,6 +108,9 @@ pub struct SlotReport {
     pub jobs: u32,
     /// What it said last about itself.
     pub load: WorkerLoad,
+    /// What holds the live process in, once it is ready.
+    #[serde(default)]
+    pub confinement: Option<Confinement>,
     /// Why the last process ended, if one did.
     pub last_exit: Option<String>,
 }

@@ -4,6 +4,8 @@
 //! jobs, or `StartFailed` and exits with the same code. `Pong` is sent by the worker's step loop, not by its
 //! I/O thread, so that an answer proves that work goes on.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::WireError;
@@ -17,6 +19,9 @@ pub const WORKER_LINK_FD: i32 = 3;
 pub const WORKER_IMAGE_FD: i32 = 4;
 /// File descriptor of the memory for the shared output head in a worker: empty, or filled and sealed.
 pub const WORKER_HEAD_FD: i32 = 5;
+
+/// File descriptor of the pipe on which a worker says why it dies.
+pub const WORKER_LAST_WORDS_FD: i32 = 6;
 
 /// From the supervisor to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,6 +89,8 @@ pub struct WorkerSetup {
     pub n_workers: u32,
     /// Bytes that the model and all workers may take together; 0 if that is not known.
     pub memory_bytes: u64,
+    /// `auto`, `require` or `off`.
+    pub confinement: String,
 }
 
 /// From a worker to the supervisor.
@@ -99,6 +106,9 @@ pub enum FromWorker {
         /// Seconds from its start to now.
         #[serde(with = "crate::float::finite_f64")]
         load_s: f64,
+        /// What holds it in.
+        #[serde(default)]
+        confinement: Confinement,
     },
     /// It cannot start; it exits with `exit_code` now.
     StartFailed {
@@ -135,6 +145,27 @@ pub enum FromWorker {
         /// What it does.
         load: WorkerLoad,
     },
+}
+
+/// What keeps a worker from files, network and other processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Confinement {
+    /// Version of the kernel's Landlock interface; 0 if it has none or it is not used.
+    pub landlock: u32,
+    /// System calls are filtered.
+    pub seccomp: bool,
+}
+
+impl fmt::Display for Confinement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.landlock, self.seccomp) {
+            (0, false) => f.write_str("none"),
+            (0, true) => f.write_str("seccomp only"),
+            (abi, false) => write!(f, "landlock {abi} only"),
+            (abi, true) => write!(f, "landlock {abi} and seccomp"),
+        }
+    }
 }
 
 /// The model as a worker read it.

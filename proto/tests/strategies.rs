@@ -6,7 +6,7 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, FinishReason, Timings, Token, TokenLogprobs, Usage};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::{ChatMessage, GenerateRequest, Prompt, Sampling};
-use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WorkerLoad, WorkerSetup};
+use bitnetd_proto::worker_link::{Confinement, FromWorker, ModelSummary, ToWorker, WorkerLoad, WorkerSetup};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -221,6 +221,7 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
                 speculation: "auto".into(),
                 n_workers: 3,
                 memory_bytes: 1 << 33,
+                confinement: "auto".into(),
             }
         });
     prop_oneof![
@@ -254,11 +255,12 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, ..WorkerLoad::default() }
     });
     prop_oneof![
-        (any::<u32>(), model, finite_f64()).prop_map(|(version, model, load_s)| FromWorker::Ready {
-            version,
-            model: Box::new(model),
-            load_s
-        }),
+        (any::<u32>(), model, finite_f64(), any::<(u32, bool)>()).prop_map(
+            |(version, model, load_s, held)| {
+                let confinement = Confinement { landlock: held.0, seccomp: held.1 };
+                FromWorker::Ready { version, model: Box::new(model), load_s, confinement }
+            }
+        ),
         wire_error().prop_map(|error| FromWorker::StartFailed { error, exit_code: ExitCode::Data }),
         (any::<u64>(), token()).prop_map(|(job, token)| FromWorker::Token { job, token }),
         (any::<u64>(), done()).prop_map(|(job, done)| FromWorker::Done { job, done }),

@@ -12,7 +12,8 @@
 #![expect(unsafe_code, reason = "pre_exec, close_range and set_mempolicy have no safe form")]
 
 use std::ffi::OsString;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -27,14 +28,15 @@ use bitnetd_config::{NumaPolicy, SERVICE_MANAGER_VARIABLES, SchedulerChoice};
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LINK_FD};
+use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD};
 use command_fds::{CommandFdExt, FdMapping};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::libc;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::{Pid, getpid, getppid};
+use nix::unistd::{Pid, getpid, getppid, pipe2};
 use tokio::net::UnixStream;
 use tokio::process::Command;
 
@@ -48,6 +50,9 @@ const MPOL_PREFERRED_MANY: libc::c_int = 5;
 /// Between fork and exec are a few system calls. A child that takes longer was stopped there, and is killed.
 const EXEC_LIMIT: Duration = Duration::from_secs(5);
 const MASK_BITS: usize = usize::BITS as usize;
+
+/// Of what a worker says when it dies, this much is heard.
+const LAST_WORDS_BYTES_MAX: u64 = 1024;
 
 /// What to start.
 #[derive(Debug)]
@@ -120,6 +125,8 @@ impl ProcessGroup {
 #[derive(Debug)]
 pub(crate) struct Child {
     inner: tokio::process::Child,
+    /// Read once it is reaped; whoever wrote into it is gone then, and nobody waits.
+    last_words: File,
     group: Arc<ProcessGroup>,
 }
 
@@ -141,9 +148,19 @@ impl Child {
         let status = self.inner.wait().await;
         self.group.is_reaped.store(true, Ordering::Release);
         match status {
-            Ok(status) => classify(status, n_oom_kills),
-            Err(_) => WorkerExit { code: None, signal: None, is_out_of_memory: false },
+            Ok(status) => classify(status, n_oom_kills, self.last_words()),
+            Err(_) => WorkerExit { code: None, signal: None, is_out_of_memory: false, last_words: None },
         }
+    }
+
+    /// The last line that the sandbox wrote before the end. Nothing in it is believed: a worker may write what it likes.
+    fn last_words(&mut self) -> Option<String> {
+        let mut bytes = Vec::new();
+        // The pipe does not block: with a writer left, reading ends with an error and gives what was there.
+        let _would_block = (&mut self.last_words).take(LAST_WORDS_BYTES_MAX).read_to_end(&mut bytes);
+        let text = String::from_utf8_lossy(&bytes);
+        let line = text.lines().rfind(|line| line.starts_with("denied"))?;
+        Some(line.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(100).collect())
     }
 }
 
@@ -153,11 +170,11 @@ impl Drop for Child {
     }
 }
 
-fn classify(status: ExitStatus, n_oom_kills_before: Option<u64>) -> WorkerExit {
+fn classify(status: ExitStatus, n_oom_kills_before: Option<u64>, last_words: Option<String>) -> WorkerExit {
     let signal = status.signal();
     let was_oom =
         signal == Some(libc::SIGKILL) && n_oom_kills_before.zip(oom_kills()).is_some_and(|(a, b)| b > a);
-    WorkerExit { code: status.code(), signal, is_out_of_memory: was_oom }
+    WorkerExit { code: status.code(), signal, is_out_of_memory: was_oom, last_words }
 }
 
 /// How many processes the kernel has killed for lack of memory: in our cgroup, else on the whole machine.
@@ -212,6 +229,9 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     let image = spec.image.model().try_clone_to_owned().map_err(SpawnError::Descriptors)?;
     let head = spec.image.head().try_clone_to_owned().map_err(SpawnError::Descriptors)?;
 
+    let (last_words, words_in) =
+        pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|error| SpawnError::Descriptors(error.into()))?;
+
     let mut command = Command::new(spec.program);
     // The program is often `/proc/self/exe`, which would tell `ps` nothing.
     command.arg0("bitnetd").args(spec.args).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
@@ -223,6 +243,7 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
         FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: WORKER_LINK_FD },
         FdMapping { parent_fd: image, child_fd: WORKER_IMAGE_FD },
         FdMapping { parent_fd: head, child_fd: WORKER_HEAD_FD },
+        FdMapping { parent_fd: words_in, child_fd: WORKER_LAST_WORDS_FD },
     ];
     let collision = |_| SpawnError::Descriptors(io::ErrorKind::AlreadyExists.into());
     command.fd_mappings(mappings).map_err(collision)?;
@@ -238,7 +259,7 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     // When memory runs out a worker should go before the supervisor, which can replace it. Best effort.
     let _score = std::fs::write(format!("/proc/{leader}/oom_score_adj"), "500");
     let group = Arc::new(ProcessGroup { leader: Pid::from_raw(leader), is_reaped: AtomicBool::new(false) });
-    Ok((Child { inner, group }, ours))
+    Ok((Child { inner, last_words: last_words.into(), group }, ours))
 }
 
 /// Everything the child does to itself between fork and exec, prepared before the fork.
@@ -303,7 +324,7 @@ impl ChildSetup {
 
 /// Whatever else the supervisor was started with (a shell's stray descriptors, say) is none of a worker's business.
 fn close_others_at_exec() -> io::Result<()> {
-    const FIRST: libc::c_uint = WORKER_HEAD_FD.unsigned_abs() + 1;
+    const FIRST: libc::c_uint = WORKER_LAST_WORDS_FD.unsigned_abs() + 1;
     // SAFETY: The call takes three numbers and only marks descriptors of this process; none is closed before exec.
     let result =
         unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };

@@ -23,6 +23,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use self::questions::Questions;
 use crate::event_loop::{JobSink, Submission};
+use crate::peer::Peer;
 use crate::report::SERVER;
 use crate::service::{JobEvent, Service, UNREAD_EVENTS_MAX, overrun_error};
 use crate::state::{ClientId, JobId, Standing};
@@ -50,8 +51,8 @@ enum End {
 
 /// Serves one client to its end.
 pub(crate) async fn serve(stream: UnixStream, service: Service, config: &ListenConfig) {
-    let (uid, gid, pid) = match stream.peer_cred() {
-        Ok(peer) => (peer.uid(), peer.gid(), peer.pid()),
+    let peer = match Peer::of(&stream) {
+        Ok(peer) => peer,
         Err(error) => {
             tracing::warn!(%error, "connection without credentials closed");
             return;
@@ -65,7 +66,7 @@ pub(crate) async fn serve(stream: UnixStream, service: Service, config: &ListenC
         decoder: FrameDecoder::new(REQUEST_FRAME_BYTES_MAX),
         frame_began: None,
         outbox: Vec::new(),
-        client: ClientId::Uid(uid),
+        client: ClientId::Uid(peer.uid),
         jobs: HashMap::new(),
         ids: HashMap::new(),
         sink: JobSink { events: events_in, overrun: Arc::new(Notify::new()) },
@@ -74,12 +75,12 @@ pub(crate) async fn serve(stream: UnixStream, service: Service, config: &ListenC
         questions: Questions::default(),
         service,
     };
-    let end = match check_peer(uid, gid, config) {
-        Ok(()) => connection.run(pid).await,
+    let end = match check_peer(&peer, config) {
+        Ok(()) => connection.run(peer.pid).await,
         Err(error) => End::Because(error),
     };
     if let End::Because(error) = &end {
-        tracing::info!(uid, pid, code = ?error.code, "connection closed: {error}");
+        tracing::info!(uid = peer.uid, pid = peer.pid, code = ?error.code, "connection closed: {error}");
     }
     connection.finish(end).await;
 }
@@ -95,12 +96,13 @@ pub(crate) async fn refuse_for_number(mut stream: UnixStream, max_connections: u
 }
 
 /// Both lists empty: whoever the socket's mode let in. Else one of them must name the peer.
-fn check_peer(uid: u32, gid: u32, config: &ListenConfig) -> Result<(), WireError> {
+fn check_peer(peer: &Peer, config: &ListenConfig) -> Result<(), WireError> {
     let is_open = config.allow_uids.is_empty() && config.allow_gids.is_empty();
-    if is_open || config.allow_uids.contains(&uid) || config.allow_gids.contains(&gid) {
+    let is_in_group = || peer.groups.iter().chain([&peer.gid]).any(|gid| config.allow_gids.contains(gid));
+    if is_open || config.allow_uids.contains(&peer.uid) || is_in_group() {
         return Ok(());
     }
-    let text = format!("uid {uid} (gid {gid}) may not use this socket");
+    let text = format!("uid {} (gid {}) may not use this socket", peer.uid, peer.gid);
     Err(WireError::new(ErrorCode::PermissionDenied, text)
         .with_hint("`listen.allow_uids` and `listen.allow_gids` say who may"))
 }
@@ -401,8 +403,10 @@ mod tests {
             allow_gids: gids.to_vec(),
             ..ListenConfig::default()
         };
-        let allowed = |uids: &[u32], gids: &[u32]| check_peer(1000, 100, &config(uids, gids)).is_ok();
+        let peer = Peer { uid: 1000, gid: 100, groups: vec![4, 27], pid: None };
+        let allowed = |uids: &[u32], gids: &[u32]| check_peer(&peer, &config(uids, gids)).is_ok();
         assert!(allowed(&[], &[]) && allowed(&[1000], &[]) && allowed(&[], &[100]) && allowed(&[1], &[100]));
+        assert!(allowed(&[], &[27]) && allowed(&[1], &[4, 5]));
         assert!(!allowed(&[1], &[]) && !allowed(&[], &[1000]) && !allowed(&[1, 2], &[1, 2]));
     }
 }

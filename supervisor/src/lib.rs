@@ -18,6 +18,8 @@ mod listener; // The socket.
 mod log; // What the log says.
 mod metrics; // What is counted and measured.
 mod notify; // What systemd is told.
+mod peer; // Who a client is.
+mod privileges; // What the supervisor gives up.
 mod report; // The state in words of the wire.
 mod scrape; // Metrics over HTTP.
 mod service; // The face to the rest of the program.
@@ -29,6 +31,7 @@ pub use image::{ImageError, ModelSource};
 pub use journal::{Journal, JournalError};
 pub use listener::{ListenError, Listener};
 pub use notify::Notifier;
+pub use privileges::{PrivilegeError, reduce as reduce_privileges};
 pub use scrape::{ScrapeError, ScrapeListener};
 pub use service::{Job, JobEvent, Reloader, Service, ServiceSpec, StartError};
 pub use state::ClientId;

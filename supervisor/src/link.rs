@@ -120,7 +120,9 @@ async fn read(
 
 fn heard(message: FromWorker) -> WorkerSaid {
     match message {
-        FromWorker::Ready { version, model, load_s } => WorkerSaid::Ready { version, model, load_s },
+        FromWorker::Ready { version, model, load_s, confinement } => {
+            WorkerSaid::Ready { version, model, load_s, confinement }
+        }
         FromWorker::StartFailed { error, exit_code } => WorkerSaid::StartFailed { error, exit_code },
         FromWorker::Token { job, token } => WorkerSaid::Token { job, token },
         FromWorker::Done { job, done } => WorkerSaid::Done { job, done },

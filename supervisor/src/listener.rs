@@ -23,6 +23,7 @@ use interprocess::os::unix::local_socket::ListenerOptionsExt;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Gid, Group, Uid, User, chown};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
@@ -61,6 +62,23 @@ pub enum ListenError {
         /// The socket.
         path: PathBuf,
     },
+    /// `listen.owner` or `listen.group` is nobody.
+    #[error("there is no {kind} `{name}`")]
+    NoSuchPrincipal {
+        /// `user` or `group`.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// The socket may not be given away.
+    #[error("socket `{path}` cannot be given to its owner or group")]
+    Owner {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
     /// Something else has that name.
     #[error("`{path}` is there and is not a socket")]
     NotASocket {
@@ -96,8 +114,11 @@ impl ListenError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::InUse { .. } => ExitCode::Temporary,
-            Self::NotPermitted { .. } => ExitCode::Permission,
-            Self::NoFolder { .. } | Self::NotASocket { .. } | Self::Bind { .. } => ExitCode::Config,
+            Self::NotPermitted { .. } | Self::Owner { .. } => ExitCode::Permission,
+            Self::NoFolder { .. }
+            | Self::NotASocket { .. }
+            | Self::NoSuchPrincipal { .. }
+            | Self::Bind { .. } => ExitCode::Config,
         }
     }
 
@@ -111,6 +132,10 @@ impl ListenError {
             Self::NotPermitted { .. } => "choose a `listen.socket` that this user may create",
             Self::NoFolder { .. } => "create the folder, or choose another `listen.socket`",
             Self::NotASocket { .. } => "remove the file, or choose another `listen.socket`",
+            Self::NoSuchPrincipal { .. } => "`listen.owner` and `listen.group` take a name or a number",
+            Self::Owner { .. } => {
+                "only root may give a socket to another user; to a group, whoever is a member of it"
+            }
             Self::Bind { .. } => "choose another `listen.socket` (at most 107 bytes long)",
         }
     }
@@ -142,19 +167,27 @@ impl Listener {
     /// [`ListenError`]; nothing was changed then.
     pub fn bind(path: &Path, config: &ListenConfig) -> Result<Self, ListenError> {
         let failed = |source| ListenError::new(path, source);
+        let (owner, group) = (owner(config)?, group(config)?);
         let lock = lock_beside(path)?;
         remove_if_dead(path)?;
         let name = path.to_fs_name::<GenericFilePath>().map_err(failed)?;
-        // The mode holds from the moment the file appears; the umask may have made it stricter until it is set again.
+        // The mode holds from the moment the file appears (the umask may have made it stricter until it is set again);
+        // a group that is not ours gets its bits when it is the owner of them.
+        let is_given_away = owner.is_some() || group.is_some();
+        let first_mode = if is_given_away { 0o600 } else { config.mode };
         let LocalListener::UdSocket(socket) = ListenerOptions::new()
             .name(name)
-            .mode(config.mode)
+            .mode(first_mode)
             .reclaim_name(false)
             .create_sync()
             .map_err(failed)?;
         let socket = StdUnixListener::from(OwnedFd::from(socket));
         socket.set_nonblocking(true).map_err(failed)?;
         let socket = UnixListener::from_std(socket).map_err(failed)?;
+        if is_given_away {
+            chown(path, owner, group)
+                .map_err(|error| ListenError::Owner { path: path.to_owned(), source: error.into() })?;
+        }
         std::fs::set_permissions(path, Permissions::from_mode(config.mode)).map_err(failed)?;
         let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
         let identity = (metadata.dev(), metadata.ino());
@@ -250,6 +283,32 @@ impl Listener {
         let all = u32::try_from(max_connections).unwrap_or(u32::MAX);
         let _ended = tokio::time::timeout(connection::CLOSE_TIMEOUT, places.acquire_many(all)).await;
     }
+}
+
+/// The user that the socket is for, if another than ours.
+fn owner(config: &ListenConfig) -> Result<Option<Uid>, ListenError> {
+    let find = |name: &String| match name.parse() {
+        Ok(uid) => Ok(Uid::from_raw(uid)),
+        Err(_) => User::from_name(name)
+            .ok()
+            .flatten()
+            .map(|user| user.uid)
+            .ok_or_else(|| ListenError::NoSuchPrincipal { kind: "user", name: name.clone() }),
+    };
+    config.owner.as_ref().map(find).transpose()
+}
+
+/// The group that the socket is for, if another than ours.
+fn group(config: &ListenConfig) -> Result<Option<Gid>, ListenError> {
+    let find = |name: &String| match name.parse() {
+        Ok(gid) => Ok(Gid::from_raw(gid)),
+        Err(_) => Group::from_name(name)
+            .ok()
+            .flatten()
+            .map(|group| group.gid)
+            .ok_or_else(|| ListenError::NoSuchPrincipal { kind: "group", name: name.clone() }),
+    };
+    config.group.as_ref().map(find).transpose()
 }
 
 /// Raises the limit of open descriptors as far as it may go, and keeps enough of them for workers: a crowd of

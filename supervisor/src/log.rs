@@ -7,8 +7,8 @@ use crate::state::{Cause, Note, slot_number};
 
 pub(crate) fn write(note: &Note) {
     match note {
-        Note::WorkerReady { slot, pid, load_s } => {
-            tracing::info!(slot = slot_number(*slot), pid, load_s, "worker ready");
+        Note::WorkerReady { slot, pid, load_s, confinement } => {
+            tracing::info!(slot = slot_number(*slot), pid, load_s, %confinement, "worker ready");
         }
         Note::WorkerExited { slot, pid, exit, cause, n_jobs } => {
             let (slot, cause_name) = (slot_number(*slot), cause.name());

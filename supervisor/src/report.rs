@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bitnetd_config::{HeadChoice, cpu_list};
+use bitnetd_config::{Choice, HeadChoice, cpu_list};
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::status::{Health, JournalReport, SlotReport, StatusReport, Totals};
 use bitnetd_proto::worker_link::WorkerSetup;
@@ -69,6 +69,7 @@ fn slot_report(slot: &Slot, placement: &WorkerPlacement) -> SlotReport {
         restarts: slot.restarts,
         jobs: u32::try_from(slot.n_jobs()).unwrap_or(u32::MAX),
         load: slot.load,
+        confinement: slot.confinement,
         last_exit: slot.last_exit.clone(),
     }
 }
@@ -95,6 +96,7 @@ pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlac
         speculation: engine.speculation.clone(),
         n_workers: u32::try_from(spec.plan.workers.len()).unwrap_or(u32::MAX),
         memory_bytes: spec.memory_bytes.unwrap_or(0),
+        confinement: spec.config.security.confinement.name().into(),
     }
 }
 

@@ -34,7 +34,7 @@ async fn a_worker_has_its_cpus_its_group_and_three_descriptors() {
     assert_eq!(slot.cpus, cpu.to_string());
     let start = fixture.starts().remove(0);
     assert!(start.contains(&format!("Cpus_allowed_list={cpu}\n")), "{start}");
-    assert!(start.contains(" fds=0,1,2,3,4,5 "), "{start}");
+    assert!(start.contains(" fds=0,1,2,3,4,5,6 "), "{start}");
     let raw = Pid::from_raw(i32::try_from(pid).unwrap());
     assert_eq!(getpgid(Some(raw)).unwrap(), raw);
     end(service).await;
@@ -294,4 +294,15 @@ async fn the_protocol_is_a_length_and_json() {
     assert_eq!(kinds, ["welcome", "accepted", "token", "token", "done"]);
     supervisor.kill().unwrap();
     supervisor.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_denied_call_is_named_in_the_report() {
+    let fixture =
+        Fixture::new(1, &["only=1", "confess=refused_x\nand\ndenied_system_call_41_(socket)\u{7}\n"]);
+    let service = fixture.ready().await;
+    let slot = service.status().await.slots.remove(0);
+    let said = slot.last_exit.unwrap();
+    assert_eq!(said, "killed by signal 31 (SIGSYS), denied system call 41 (socket)");
+    end(service).await;
 }

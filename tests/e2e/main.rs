@@ -19,5 +19,6 @@ mod metrics; // What is counted and measured, printed and scraped.
 mod reload; // From one configuration to the next.
 mod reuse; // What was read or said before saves work and changes nothing.
 mod run; // One answer.
+mod security; // What holds workers in, and who may connect.
 mod support; // Start, watch, kill.
 mod systemd; // Notifications and sockets, with a stand-in for systemd.

@@ -27,7 +27,9 @@ use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::frame::{FrameDecoder, read_frame, write_frame};
 use bitnetd_proto::handshake::check_worker_hello;
 use bitnetd_proto::request::{GenerateRequest, Prompt};
-use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WORKER_LINK_FD, WorkerLoad};
+use bitnetd_proto::worker_link::{
+    Confinement, FromWorker, ModelSummary, ToWorker, WORKER_LINK_FD, WorkerLoad,
+};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 
@@ -76,6 +78,8 @@ struct Script {
     crash: Option<u64>,
     /// `hang=N`: does nothing any more instead of saying its N-th token.
     hang: Option<u64>,
+    /// `confess=WORDS`: writes last words (blanks as `_`) and dies of SIGSYS instead of getting ready.
+    confess: Option<String>,
     /// `gap=N`: leaves out its N-th token.
     gap: Option<u64>,
     /// `hold=N`: stands still before token N of a job (and answers pings), unless the job was resumed there.
@@ -102,6 +106,7 @@ impl Script {
                 "garbage" => script.garbage = Some(value.parse().unwrap()),
                 "crash" => script.crash = Some(value.parse().unwrap()),
                 "hang" => script.hang = Some(value.parse().unwrap()),
+                "confess" => script.confess = Some(value.replace('_', " ")),
                 "gap" => script.gap = Some(value.parse().unwrap()),
                 "hold" => script.hold = Some(value.parse().unwrap()),
                 "pace_ms" => script.pace = Duration::from_millis(value.parse().unwrap()),
@@ -163,6 +168,12 @@ fn become_ready(script: &Script) {
     while script.late.as_deref().is_some_and(|file| !Path::exists(file)) {
         std::thread::sleep(Duration::from_millis(2));
     }
+    if let Some(words) = &script.confess {
+        // Opened by name, as a descriptor's number may not be taken without unsafe code.
+        let mut pipe = OpenOptions::new().write(true).open("/proc/self/fd/6").unwrap();
+        pipe.write_all(words.as_bytes()).unwrap();
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGSYS).unwrap();
+    }
     if let Some(code) = script.exit {
         std::process::exit(code);
     }
@@ -196,7 +207,12 @@ fn become_ready(script: &Script) {
         head_macs: 1,
     };
     let version = script.version.unwrap_or(PROTOCOL_VERSION);
-    say(&FromWorker::Ready { version, model: Box::new(model), load_s: 0.001 });
+    say(&FromWorker::Ready {
+        version,
+        model: Box::new(model),
+        load_s: 0.001,
+        confinement: Confinement::default(),
+    });
     if script.deaf {
         sleep_for_ever();
     }

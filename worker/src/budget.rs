@@ -175,6 +175,7 @@ mod tests {
             kv_type: "f16".into(),
             wait: "hybrid".into(),
             huge_pages: "auto".into(),
+            confinement: "auto".into(),
             speculation: "auto".into(),
             n_workers,
             memory_bytes,

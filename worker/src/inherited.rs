@@ -1,10 +1,11 @@
-//! The open files that come with the process: the link to the supervisor, the model and the memory for its head.
+//! The open files that come with the process: the link to the supervisor, the model, the memory for its head,
+//! and a pipe for last words.
 #![expect(unsafe_code, reason = "an inherited file descriptor is known by its number only")]
 
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LINK_FD};
+use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockaddrLike, UnixAddr, getpeername};
 
@@ -26,6 +27,8 @@ pub(crate) struct Inherited {
     pub(crate) image: OwnedFd,
     /// Memory for the fast head: empty, or filled and sealed.
     pub(crate) head: OwnedFd,
+    /// A pipe to the supervisor, for the name of a denied system call.
+    pub(crate) last_words: OwnedFd,
 }
 
 /// Takes ownership of the descriptors. Call it once, before anything else is opened.
@@ -33,12 +36,13 @@ pub(crate) fn take() -> Result<Inherited, InheritError> {
     let link = take_fd(WORKER_LINK_FD)?;
     let image = take_fd(WORKER_IMAGE_FD)?;
     let head = take_fd(WORKER_HEAD_FD)?;
+    let last_words = take_fd(WORKER_LAST_WORDS_FD)?;
     let is_unix = getpeername::<UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&link))
         .is_ok_and(|peer| peer.family() == Some(AddressFamily::Unix));
     if !is_unix {
         return Err(InheritError::NotASocket { fd: WORKER_LINK_FD });
     }
-    Ok(Inherited { link: UnixStream::from(link), image, head })
+    Ok(Inherited { link: UnixStream::from(link), image, head, last_words })
 }
 
 fn take_fd(fd: RawFd) -> Result<OwnedFd, InheritError> {

@@ -11,6 +11,7 @@ mod budget; // Whether it fits in memory.
 mod inherited; // The open files that come with the process.
 mod job; // Between the wire's words and the engine's.
 mod link; // Frames in, frames out.
+pub mod sandbox; // What the process gives up, in two steps.
 mod shared_head; // The fast head: made by the first worker, mapped by all.
 mod startup; // From a handshake to an engine.
 mod step_loop; // Commands in, steps, events out.
@@ -20,12 +21,14 @@ use bitnetd_proto::worker_link::FromWorker;
 
 use crate::inherited::Inherited;
 use crate::link::Link;
-use crate::startup::StartError;
+use crate::sandbox::Sandbox;
+use crate::startup::{StartError, Started};
+use crate::step_loop::StepLoop;
 
 /// Runs a worker to its end. For tests: with `hang_after` its step loop hangs when it has generated so many tokens.
 #[must_use]
 pub fn run(hang_after: Option<u64>) -> ExitCode {
-    let Inherited { link, image, head } = match inherited::take() {
+    let Inherited { link, image, head, last_words } = match inherited::take() {
         Ok(inherited) => inherited,
         Err(error) => {
             tracing::error!(%error, "this is an internal command of bitnetd; it is started by the supervisor only");
@@ -33,10 +36,20 @@ pub fn run(hang_after: Option<u64>) -> ExitCode {
         }
     };
     let mut link = Link::new(link);
-    let engine =
-        startup::handshake(&mut link).and_then(|setup| startup::start(&setup, image, head, &mut link));
-    match engine {
-        Ok(engine) => step_loop::run(engine, link, hang_after),
+    let started = startup::handshake(&mut link).and_then(|setup| {
+        // Nothing of the model is read before this, and there is no second thread yet.
+        let sandbox = Sandbox::enter(&setup.confinement, last_words)?;
+        let started = startup::start(&setup, image, head)?;
+        let commands = link.commands().map_err(StartError::Reader)?;
+        // Every thread is there, everything is mapped: no prompt was seen yet.
+        let confinement = sandbox.close()?;
+        startup::say_ready(&started, confinement, &mut link)?;
+        Ok((started, commands))
+    });
+    match started {
+        Ok((Started { engine, template, .. }, commands)) => {
+            StepLoop::new(engine, template, link, hang_after).run(&commands)
+        }
         // The supervisor went away before it had said anything: nobody is there to be told.
         Err(StartError::LinkClosed) => ExitCode::Ok,
         Err(error) => {

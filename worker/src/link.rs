@@ -55,11 +55,20 @@ impl Link {
         Ok(())
     }
 
-    /// Starts the reader thread. It ends with the link.
+    /// Starts the reader thread, and waits until it has set itself up. It ends with the link.
     pub(crate) fn commands(&self) -> io::Result<Receiver<Command>> {
         let stream = self.stream.try_clone()?;
         let (sender, receiver) = sync_channel(COMMANDS_MAX);
-        std::thread::Builder::new().name("bnd-link".into()).spawn(move || read_all(stream, &sender))?;
+        // A thread that is still being made needs system calls that the sandbox is about to forbid.
+        let (started, is_started) = sync_channel(1);
+        let body = move || {
+            // The one who started it waits.
+            let _heard = started.send(());
+            read_all(stream, &sender);
+        };
+        std::thread::Builder::new().name("bnd-link".into()).spawn(body)?;
+        // It can only fail if the thread died, which the step loop will see.
+        let _started = is_started.recv();
         Ok(receiver)
     }
 }

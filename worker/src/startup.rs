@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::ffi::CString;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,17 +19,20 @@ use bitnetd_proto::PROTOCOL_VERSION;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::frame::FrameError;
-use bitnetd_proto::worker_link::{FromWorker, ModelSummary, ToWorker, WorkerSetup};
+use bitnetd_proto::worker_link::{Confinement, FromWorker, ModelSummary, ToWorker, WorkerSetup};
 use nix::sys::prctl;
 
 use crate::budget::{self, DoesNotFit};
 use crate::link::Link;
+use crate::sandbox::SandboxError;
 use crate::shared_head::{self, SharedHeadError};
 
 /// An engine, and the model's way to write a conversation.
 pub(crate) struct Started {
     pub(crate) engine: Engine,
     pub(crate) template: Result<Option<ChatTemplate>, ChatError>,
+    summary: Box<ModelSummary>,
+    load_s: f64,
 }
 
 /// Why a worker cannot start.
@@ -58,6 +62,10 @@ pub(crate) enum StartError {
     Memory(DoesNotFit),
     #[error("cannot start the engine")]
     Engine(#[source] EngineError),
+    #[error("cannot start the reader of the link")]
+    Reader(#[source] io::Error),
+    #[error("cannot confine the worker")]
+    Sandbox(#[from] SandboxError),
 }
 
 impl StartError {
@@ -70,7 +78,8 @@ impl StartError {
             Self::Gguf { .. } | Self::Model { .. } => ExitCode::Data,
             Self::Engine(EngineError::ContextTooLong { .. } | EngineError::Zero(_)) => ExitCode::Config,
             Self::Engine(EngineError::Tokenizer(_) | EngineError::VocabularySize { .. }) => ExitCode::Data,
-            Self::Engine(EngineError::Pool(_)) => ExitCode::Os,
+            Self::Engine(EngineError::Pool(_)) | Self::Reader(_) => ExitCode::Os,
+            Self::Sandbox(error) => error.exit_code(),
         }
     }
 
@@ -95,6 +104,9 @@ impl StartError {
             Self::IsaNotPresent(_) => error.with_hint("use `isa = \"auto\"`"),
             Self::Memory(refusal) => error.with_hint(refusal.hint()),
             Self::Engine(EngineError::ContextTooLong { .. }) => error.with_hint("leave `engine.ctx` out"),
+            Self::Sandbox(_) => error.with_hint(
+                "`security.confinement = \"auto\"` takes what the kernel has; docs/security.md says what is lost",
+            ),
             _ => error,
         }
     }
@@ -110,13 +122,8 @@ pub(crate) fn handshake(link: &mut Link) -> Result<WorkerSetup, StartError> {
     }
 }
 
-/// Loads the model and says that it is ready.
-pub(crate) fn start(
-    setup: &WorkerSetup,
-    image: OwnedFd,
-    head: OwnedFd,
-    link: &mut Link,
-) -> Result<Started, StartError> {
+/// Loads the model.
+pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Result<Started, StartError> {
     let begun = Instant::now();
     name_this_thread(&format!("{}-t0", thread_name(setup)));
     let name = || setup.model_name.clone();
@@ -158,13 +165,23 @@ pub(crate) fn start(
     };
     let engine = Engine::new(Arc::new(model), options).map_err(StartError::Engine)?;
     let load_s = begun.elapsed().as_secs_f64();
-    let model = Box::new(ModelSummary {
+    let summary = Box::new(ModelSummary {
         head,
         ..summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_))))
     });
-    tracing::info!(slot = setup.slot, isa = %kernels.isa(), load_s, "ready");
-    link.send(&FromWorker::Ready { version: PROTOCOL_VERSION, model, load_s })?;
-    Ok(Started { engine, template })
+    tracing::info!(slot = setup.slot, isa = %kernels.isa(), load_s, "loaded");
+    Ok(Started { engine, template, summary, load_s })
+}
+
+/// Says that jobs can come.
+pub(crate) fn say_ready(
+    started: &Started,
+    confinement: Confinement,
+    link: &mut Link,
+) -> Result<(), StartError> {
+    let Started { summary, load_s, .. } = started;
+    let (model, load_s) = (summary.clone(), *load_s);
+    Ok(link.send(&FromWorker::Ready { version: PROTOCOL_VERSION, model, load_s, confinement })?)
 }
 
 fn summarise(

@@ -13,9 +13,9 @@ use bitnetd_proto::worker_link::{FromWorker, ToWorker, WorkerLoad};
 
 use crate::job;
 use crate::link::{Command, Link};
-use crate::startup::Started;
 
-struct StepLoop {
+/// The loop and what it works with.
+pub(crate) struct StepLoop {
     engine: Engine,
     template: Result<Option<ChatTemplate>, ChatError>,
     link: Link,
@@ -30,28 +30,28 @@ enum Next {
     Exit(ExitCode),
 }
 
-/// Serves until the link closes or a drain is done.
-pub(crate) fn run(started: Started, link: Link, hang_after: Option<u64>) -> ExitCode {
-    let commands = match link.commands() {
-        Ok(commands) => commands,
-        Err(error) => {
-            tracing::error!(%error, "cannot start the reader thread");
-            return ExitCode::Os;
-        }
-    };
-    let Started { engine, template } = started;
-    let mut step_loop = StepLoop { engine, template, link, is_draining: false, hang_after };
-    match step_loop.serve(&commands) {
-        Ok(exit_code) => exit_code,
-        // The supervisor is gone: whatever was on board goes on in the workers of the next one.
-        Err(error) => {
-            tracing::debug!(%error, "the link broke");
-            ExitCode::Ok
+impl StepLoop {
+    pub(crate) fn new(
+        engine: Engine,
+        template: Result<Option<ChatTemplate>, ChatError>,
+        link: Link,
+        hang_after: Option<u64>,
+    ) -> Self {
+        Self { engine, template, link, is_draining: false, hang_after }
+    }
+
+    /// Serves until the link closes or a drain is done.
+    pub(crate) fn run(mut self, commands: &Receiver<Command>) -> ExitCode {
+        match self.serve(commands) {
+            Ok(exit_code) => exit_code,
+            // The supervisor is gone: whatever was on board goes on in the workers of the next one.
+            Err(error) => {
+                tracing::debug!(%error, "the link broke");
+                ExitCode::Ok
+            }
         }
     }
-}
 
-impl StepLoop {
     fn serve(&mut self, commands: &Receiver<Command>) -> Result<ExitCode, FrameError> {
         let mut events = StepEvents::new();
         loop {

@@ -8,7 +8,7 @@ use bitnetd_proto::error::WireError;
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::GenerateRequest;
-use bitnetd_proto::worker_link::{ModelSummary, WorkerLoad};
+use bitnetd_proto::worker_link::{Confinement, ModelSummary, WorkerLoad};
 
 use super::Policy;
 
@@ -105,7 +105,7 @@ pub(crate) enum Event {
 #[derive(Clone, Debug)]
 pub(crate) enum WorkerSaid {
     /// The model is loaded.
-    Ready { version: u32, model: Box<ModelSummary>, load_s: f64 },
+    Ready { version: u32, model: Box<ModelSummary>, load_s: f64, confinement: Confinement },
     /// It cannot start and exits now.
     StartFailed { error: WireError, exit_code: ExitCode },
     /// One more token.
@@ -173,6 +173,8 @@ pub(crate) struct WorkerExit {
     pub(crate) signal: Option<i32>,
     /// The kernel killed a process for lack of memory at about that time.
     pub(crate) is_out_of_memory: bool,
+    /// What it said about a denied system call.
+    pub(crate) last_words: Option<String>,
 }
 
 impl WorkerExit {
@@ -186,8 +188,8 @@ impl fmt::Display for WorkerExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.code, self.signal) {
             (Some(code), _) => match self.exit_code() {
-                Some(known) => write!(f, "exited with code {code} ({known:?})"),
-                None => write!(f, "exited with code {code}"),
+                Some(known) => write!(f, "exited with code {code} ({known:?})")?,
+                None => write!(f, "exited with code {code}")?,
             },
             (None, Some(signal)) => {
                 let name =
@@ -196,10 +198,10 @@ impl fmt::Display for WorkerExit {
                 if self.is_out_of_memory {
                     write!(f, ", the kernel was out of memory")?;
                 }
-                Ok(())
             }
-            (None, None) => write!(f, "ended in an unknown way"),
+            (None, None) => write!(f, "ended in an unknown way")?,
         }
+        self.last_words.as_ref().map_or(Ok(()), |words| write!(f, ", {words}"))
     }
 }
 
@@ -253,7 +255,7 @@ impl Cause {
 #[derive(Clone, Debug)]
 pub(crate) enum Note {
     /// A worker can take jobs.
-    WorkerReady { slot: SlotId, pid: Option<u32>, load_s: f64 },
+    WorkerReady { slot: SlotId, pid: Option<u32>, load_s: f64, confinement: Confinement },
     /// A worker's process ended.
     WorkerExited { slot: SlotId, pid: Option<u32>, exit: WorkerExit, cause: Cause, n_jobs: usize },
     /// A worker is killed, and why.

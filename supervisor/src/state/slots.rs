@@ -6,7 +6,7 @@ use std::time::Duration;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::handshake::check_version;
-use bitnetd_proto::worker_link::WorkerLoad;
+use bitnetd_proto::worker_link::{Confinement, WorkerLoad};
 
 use super::events::{
     Action, Cause, Generation, JobId, ModelId, Note, SlotId, StopSignal, WorkerExit, WorkerSaid, slot_number,
@@ -103,6 +103,8 @@ pub(crate) struct Slot {
     /// A process of this slot has been ready.
     pub(super) was_ready: bool,
     pub(crate) load: WorkerLoad,
+    /// What holds the live process in, once it is ready.
+    pub(crate) confinement: Option<Confinement>,
     pub(crate) last_exit: Option<String>,
     /// Why we ended it, if we did: to count, and in words if there are any.
     ended_for: Option<(Cause, Option<String>)>,
@@ -126,6 +128,7 @@ impl Slot {
             start_failure: None,
             was_ready: false,
             load: WorkerLoad::default(),
+            confinement: None,
             last_exit: None,
             ended_for: None,
         }
@@ -227,7 +230,7 @@ impl State {
         let Some(of) = self.slot_mut(slot).filter(|of| of.is_serving()) else { return };
         let is_ready = of.is_ready();
         match message {
-            WorkerSaid::Ready { version, model, load_s } if !is_ready => {
+            WorkerSaid::Ready { version, model, load_s, confinement } if !is_ready => {
                 if let Err(error) = check_version("the worker", version) {
                     let reason = error.message.clone();
                     self.kill(
@@ -240,8 +243,9 @@ impl State {
                 }
                 of.phase = Phase::Ready { watch: Watch { seq: 0, asked_at: None, ask_at: now } };
                 of.was_ready = true;
+                of.confinement = Some(confinement);
                 let (role, of_model, pid) = (of.role, of.model, of.pid);
-                self.note(Note::WorkerReady { slot, pid, load_s });
+                self.note(Note::WorkerReady { slot, pid, load_s, confinement });
                 if role == Role::Trial {
                     self.commit_change(now);
                 }
@@ -296,6 +300,7 @@ impl State {
         };
         let reason = ended_for.and_then(|(_, reason)| reason);
         of.load = WorkerLoad::default();
+        of.confinement = None;
         of.last_exit = match (&exit, &reason, &start_failure) {
             (_, Some(reason), _) => Some(format!("killed: {reason}")),
             (_, None, Some((error, _))) => Some(error.message.clone()),

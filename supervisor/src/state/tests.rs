@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::event::{FinishReason, Timings, Usage};
 use bitnetd_proto::request::{GenerateRequest, Prompt};
-use bitnetd_proto::worker_link::WorkerLoad;
+use bitnetd_proto::worker_link::{Confinement, WorkerLoad};
 use proptest::prelude::*;
 
 use super::*;
@@ -38,7 +38,12 @@ fn summary() -> ModelSummary {
 }
 
 fn ready() -> WorkerSaid {
-    WorkerSaid::Ready { version: bitnetd_proto::PROTOCOL_VERSION, model: Box::new(summary()), load_s: 0.1 }
+    WorkerSaid::Ready {
+        version: bitnetd_proto::PROTOCOL_VERSION,
+        model: Box::new(summary()),
+        load_s: 0.1,
+        confinement: Confinement::default(),
+    }
 }
 
 fn request(max_tokens: u32) -> GenerateRequest {
@@ -55,7 +60,7 @@ fn done() -> Done {
 }
 
 fn exit(code: Option<i32>, signal: Option<i32>) -> WorkerExit {
-    WorkerExit { code, signal, is_out_of_memory: false }
+    WorkerExit { code, signal, is_out_of_memory: false, last_words: None }
 }
 
 fn token(index: u32) -> Token {

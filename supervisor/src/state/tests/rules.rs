@@ -204,7 +204,15 @@ fn permanent_exit_codes_and_lying_versions_are_not_tried_again() {
         assert_eq!(i32::from(exit_code as u8), code);
     }
     let mut world = World::new(policy(), 1);
-    world.said(0, WorkerSaid::Ready { version: 999, model: Box::new(summary()), load_s: 0.0 });
+    world.said(
+        0,
+        WorkerSaid::Ready {
+            version: 999,
+            model: Box::new(summary()),
+            load_s: 0.0,
+            confinement: Confinement::default(),
+        },
+    );
     world.die(0, exit(None, Some(9)));
     world.pass(Duration::from_secs(60));
     assert_eq!((state_names(&world), world.spawned.len()), (vec!["failed"], 1));
