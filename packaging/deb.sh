@@ -3,7 +3,7 @@
 #
 #   packaging/deb.sh            into target/debian/
 #
-# The same commit and toolchain give the same bytes: times are those of the commit, and no path of this machine is in it.
+# Nothing of the machine should be in it: times are those of the commit, and paths are mapped away.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

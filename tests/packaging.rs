@@ -87,6 +87,9 @@ fn with_units() -> tempfile::TempDir {
     for name in UNITS {
         fs::write(units.join(name), unit(name)).unwrap();
     }
+    // The template with the drop-in for TCP, the other without.
+    fs::create_dir(units.join("bitnetd@.service.d")).unwrap();
+    fs::write(units.join("bitnetd@.service.d/tcp.conf"), unit("tcp.conf")).unwrap();
     let system = Path::new("/usr/lib/systemd/system");
     let ours = folder.path().join("usr/lib/systemd/system");
     fs::create_dir_all(&ours).unwrap();

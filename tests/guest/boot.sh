@@ -48,7 +48,7 @@ fi
 timeout "$limit" qemu-system-x86_64 -nodefaults -no-user-config -display none -machine q35 "${accel[@]}" \
     -smp "$n_cpus,$smp" -m "$memory" "${numa[@]}" -no-reboot \
     -kernel "$image/vmlinuz" -initrd "$image/initrd" \
-    -append "root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off systemd.show_status=no" \
+    -append "root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off systemd.show_status=no systemd.getty_auto=no" \
     -drive "file=$image/disk,if=virtio,format=raw,snapshot=on" \
     -drive "file=$work/payload.tar,if=virtio,format=raw,readonly=on" \
     -serial "file:$work/console" \
