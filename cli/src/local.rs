@@ -4,16 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use bitnetd_config::{Config, ISAS, SPECULATIONS, SplitConfig};
-use bitnetd_placement::{Limits, Machine, Plan};
+use bitnetd_placement::{Limits, Machine, Plan, PlanError};
 use bitnetd_proto::request::GenerateRequest;
-use bitnetd_proto::worker_link::ModelSummary;
+use bitnetd_proto::worker_link::{ModelSummary, WorkerLoad};
 use bitnetd_supervisor::{ClientId, Job, JobEvent, ModelSource, Service, ServiceSpec};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 
 use crate::answer::{AnswerEvent, Source};
 use crate::error::CliError;
-use crate::runtime;
+use crate::{runtime, tune};
 
 /// The model that is part of the binary; `models/README.md` is its card.
 static BUILT_IN_MODEL: &[u8] = include_bytes!("../../models/story.gguf");
@@ -63,8 +63,17 @@ impl ModelArgs {
 
 /// What a configuration and this machine come to.
 pub(crate) fn plan(config: &Config) -> Result<Plan, CliError> {
-    let machine = Machine::read(Path::new("/"), &Limits::default());
-    Ok(bitnetd_placement::plan(&machine, &config.split, &config.affinity)?)
+    Ok(plan_for(&Machine::read(Path::new("/"), &Limits::default()), config)?)
+}
+
+/// The same for any machine: `profile = "auto"` means what `tune` found best, where it was asked.
+pub(crate) fn plan_for(machine: &Machine, config: &Config) -> Result<Plan, PlanError> {
+    let Some((split, affinity, reason)) = tune::tuned_split(machine, config) else {
+        return bitnetd_placement::plan(machine, &config.split, &config.affinity);
+    };
+    let mut plan = bitnetd_placement::plan(machine, &split, &affinity)?;
+    plan.reasons.insert(0, reason);
+    Ok(plan)
 }
 
 /// Everything the supervisor needs, from a configuration.
@@ -136,6 +145,11 @@ impl Local {
     pub(crate) async fn start(&self, request: GenerateRequest) -> Result<LocalJob, CliError> {
         let job = self.service.submit(ClientId::InProcess, request).await?;
         Ok(LocalJob { is_new: true, job })
+    }
+
+    /// What every worker said last about itself.
+    pub(crate) async fn loads(&self) -> Vec<WorkerLoad> {
+        self.service.status().await.slots.iter().map(|slot| slot.load).collect()
     }
 
     /// `2 workers x 4 threads on CPUs 0-7, avx2`

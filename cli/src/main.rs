@@ -18,6 +18,7 @@ mod local; // A service in this process.
 mod logging;
 mod manual; // `completions` and `man`.
 mod model; // `model info|verify|convert|synth`.
+mod picture; // Pictures and other files, written whole.
 mod reload; // What SIGHUP and `reload` do to the daemon.
 mod request_args; // The flags that say what to generate.
 mod run;
@@ -26,6 +27,7 @@ mod serve;
 mod submit;
 mod terminal; // Everything that is written to stdout and stderr.
 mod topology; // `topology`: the machine and the plan.
+mod tune; // Which split is best.
 
 use bitnetd_proto::exit_code::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -122,6 +124,8 @@ enum Command {
     Topology(topology::TopologyArgs),
     /// Measure how fast this machine answers, and how near that is to its limit
     Bench(bench::BenchArgs),
+    /// Measure which split of the CPUs is best, and write it down
+    Tune(tune::TuneArgs),
     /// Check the configuration, or print the effective one
     Config(config_cmd::ConfigArgs),
     /// Print a completion script for a shell
@@ -154,6 +158,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Worker { hang_after, .. } => Ok(bitnetd_worker::run(hang_after)),
         Command::Topology(args) => topology::main(&args),
         Command::Bench(args) => bench::main(&args, &cli.log),
+        Command::Tune(args) => tune::main(&args, &cli.log),
         Command::Config(args) => config_cmd::main(&args),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::man(&args, Cli::command()),

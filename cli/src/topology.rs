@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::answer::json_line;
 use crate::error::CliError;
-use crate::{config_cmd, terminal};
+use crate::{config_cmd, picture, terminal};
 
 /// `bitnetd topology`
 #[derive(Debug, Args)]
@@ -57,21 +57,20 @@ struct Report<'a> {
 
 /// Runs `bitnetd topology`.
 pub(crate) fn main(args: &TopologyArgs) -> Result<ExitCode, CliError> {
-    let config = config_cmd::load(args.config.clone())?;
+    let mut config = config_cmd::load(args.config.clone())?;
     let machine = Machine::read(&args.root, &Limits::default());
-    let split = match (&args.profile, args.workers, args.threads) {
-        (Some(name), ..) => SplitConfig::Profile(Profile::from_name(name).unwrap_or_default()),
+    match (&args.profile, args.workers, args.threads) {
+        (Some(name), ..) => config.split = SplitConfig::Profile(Profile::from_name(name).unwrap_or_default()),
         (None, Some(workers), Some(threads)) => {
-            SplitConfig::Counts { workers: workers.into(), threads: threads.into() }
+            config.split = SplitConfig::Counts { workers: workers.into(), threads: threads.into() };
         }
-        _ => config.split.clone(),
-    };
-    let planned = bitnetd_placement::plan(&machine, &split, &config.affinity);
+        _ => {}
+    }
+    let planned = crate::local::plan_for(&machine, &config);
     let usable = machine.usable(&config.affinity.reserve);
     let plan = planned.as_ref().ok();
     if let Some(path) = &args.svg {
-        let drawn = svg::draw(&machine, &usable, plan);
-        std::fs::write(path, drawn).map_err(|error| CliError::file("write", path, error))?;
+        picture::write(path, &svg::draw(&machine, &usable, plan))?;
     }
     let text = if args.json {
         let error = planned.as_ref().err().map(PlanError::to_string);

@@ -13,4 +13,5 @@ mod tree; // Small files below a root.
 pub mod usage; // What the kernel counts about CPUs, threads and memory.
 
 pub use crate::machine::{CoreKind, Cpu, Limits, Machine, Node};
+pub use crate::plan::candidates::{Candidate, candidates};
 pub use crate::plan::{Plan, PlanError, WorkerPlacement, plan};

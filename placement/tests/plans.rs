@@ -1,9 +1,9 @@
 //! Plans with their reasons, for the machines people have.
 
 use bitnetd_config::{AffinityConfig, Choice, CoreChoice, NumaPolicy, Profile, SmtPolicy, SplitConfig};
-use bitnetd_placement::{Machine, plan};
+use bitnetd_placement::{Machine, candidates, plan};
 
-use crate::support::named_machine;
+use crate::support::{NAMES, named_machine};
 
 /// The plan in words.
 pub(crate) fn words(machine: &Machine, split: &SplitConfig, affinity: &AffinityConfig) -> String {
@@ -86,4 +86,14 @@ fn counts_and_policies() {
         format!("{name}, {split:?}, {affinity:?}\n{}", words(&named_machine(name), &split, &affinity))
     });
     insta::assert_snapshot!(shown.join("\n"));
+}
+
+#[test]
+fn splits_worth_measuring() {
+    let list = |name: &&str| {
+        let found = candidates(&named_machine(name), &AffinityConfig::default(), 12).unwrap();
+        let names: Vec<String> = found.iter().map(ToString::to_string).collect();
+        format!("{name}: {}\n", names.join(", "))
+    };
+    insta::assert_snapshot!(NAMES.iter().map(list).collect::<String>());
 }

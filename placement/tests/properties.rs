@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use bitnetd_config::{AffinityConfig, Choice, CoreChoice, NumaPolicy, Profile, SmtPolicy, SplitConfig};
-use bitnetd_placement::{Machine, plan};
+use bitnetd_placement::{Machine, candidates, plan};
 use proptest::prelude::*;
 
 use crate::support::{MachineSpec, NAMES, named_machine};
@@ -44,6 +44,17 @@ fn affinity() -> impl Strategy<Value = AffinityConfig> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_split_to_measure_can_be_had(machine in machine(), affinity in affinity(), n_max in 1..8_usize) {
+        let Ok(found) = candidates(&machine, &affinity, n_max) else { return Ok(()) };
+        prop_assert!((1..=n_max).contains(&found.len()));
+        for (idx, candidate) in found.iter().enumerate() {
+            let made = plan(&machine, &candidate.split(), &candidate.affinity(&affinity)).unwrap();
+            prop_assert_eq!(&made, &candidate.plan);
+            prop_assert!(found.iter().take(idx).all(|other| other.plan.workers != made.workers), "twice: {}", candidate);
+        }
+    }
 
     #[test]
     fn plans_keep_their_promises(machine in machine(), split in split(), affinity in affinity()) {

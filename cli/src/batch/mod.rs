@@ -21,6 +21,7 @@ use crate::answer::{Answer, Collector};
 use crate::batch::input::{Format, Item};
 use crate::batch::output::Results;
 use crate::batch::summary::Summary;
+pub(crate) use crate::batch::summary::percentile;
 use crate::daemon::{self, DaemonJob};
 use crate::error::CliError;
 use crate::local::{Local, ModelArgs};

@@ -86,7 +86,7 @@ impl Summary {
 }
 
 /// The smallest value that at least `percent` of all values do not exceed (nearest rank); 0 of none.
-fn percentile(values: &[f64], percent: usize) -> f64 {
+pub(crate) fn percentile(values: &[f64], percent: usize) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (sorted.len() * percent).div_ceil(100);

@@ -4,7 +4,7 @@
 //! Everything is measured through the same supervisor and workers that serve, from outside: what a client gets. The
 //! bounds are measured beside it, by programs that only read or only multiply.
 
-mod bounds; // What the machine can do at best.
+pub(crate) mod bounds; // What the machine can do at best.
 mod measure; // One set-up after the other.
 mod plot; // The result as a picture.
 mod table; // The result as text.
@@ -22,7 +22,7 @@ use crate::error::CliError;
 use crate::local::{self, ModelArgs};
 use crate::logging::{self, LogArgs};
 use crate::run::parse_count;
-use crate::{runtime, terminal};
+use crate::{picture, runtime, terminal};
 use bounds::Bounds;
 use measure::Setup;
 
@@ -65,8 +65,8 @@ pub(crate) struct BenchArgs {
     /// Print one JSON object
     #[arg(long, help_heading = "Output")]
     json: bool,
-    /// Draw the rates and their bounds into a file, too
-    #[arg(long, value_name = "FILE.svg", help_heading = "Output")]
+    /// Draw the rates and their bounds into a file, too: SVG or PNG by its name
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     plot: Option<PathBuf>,
 }
 
@@ -137,8 +137,8 @@ pub(crate) enum BoundBy {
 
 /// Runs `bitnetd bench`.
 pub(crate) fn main(args: &BenchArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
-    if let Some(path) = args.plot.as_ref().filter(|path| path.extension().is_none_or(|ext| ext != "svg")) {
-        return Err(CliError::usage(format!("`{}` does not end in `.svg`", path.display())));
+    if let Some(path) = &args.plot {
+        picture::check_name(path)?;
     }
     let threads = threads(args)?;
     let setup = Setup {
@@ -159,8 +159,7 @@ pub(crate) fn main(args: &BenchArgs, log: &LogArgs) -> Result<ExitCode, CliError
     }
     let report = report.ok_or_else(|| CliError::usage("there is nothing to measure"))?;
     if let Some(path) = &args.plot {
-        let picture = plot::draw(&report)?;
-        std::fs::write(path, picture).map_err(|error| CliError::file("write", path, error))?;
+        picture::write(path, &plot::draw(&report)?)?;
     }
     let text = if args.json { json_line(&report)? } else { table::text(&report) };
     terminal::put(text.as_bytes())?;

@@ -4,6 +4,7 @@
 //! worker gets (`allocate`), and what there is to say about it (`words`). The same input gives the same plan.
 
 mod allocate;
+pub(crate) mod candidates;
 mod pool;
 mod split;
 mod words;

@@ -1,0 +1,182 @@
+//! One split at work: a service is started with it, each workload is done once, and times are taken.
+
+use std::time::{Duration, Instant};
+
+use bitnetd_config::{Config, QueueConfig};
+use bitnetd_placement::Candidate;
+use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::request::GenerateRequest;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+
+use super::workload::{Load, Workload, request};
+use crate::answer::{Answer, Collector};
+use crate::error::CliError;
+use crate::local::Local;
+
+/// What one split came to in one workload, once.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Measurement {
+    /// The work, in numbers.
+    pub(crate) load: Load,
+    /// Tokens/s of prompts alone, all jobs together.
+    pub(crate) prefill: f64,
+    /// Tokens/s generated with next to no prompt, all jobs together.
+    pub(crate) decode: f64,
+    /// Bytes/s of weights that decoding read, all workers together.
+    pub(crate) decode_bytes_per_s: f64,
+    /// Tokens/s generated while the whole workload was done.
+    pub(crate) whole: f64,
+    /// Median time of a job in seconds.
+    pub(crate) p50_s: f64,
+    /// Time in which 95 % of the jobs ended, in seconds.
+    pub(crate) p95_s: f64,
+    /// The same to the first token.
+    pub(crate) ttft_p95_s: f64,
+}
+
+/// What all trials have in common.
+#[derive(Clone, Debug)]
+pub(crate) struct Bench {
+    /// Everything but the split.
+    pub(crate) config: Config,
+    /// The work.
+    pub(crate) workloads: Vec<Workload>,
+    /// CPUs that there are to use.
+    pub(crate) n_cpus: usize,
+    /// Smaller loads.
+    pub(crate) is_quick: bool,
+}
+
+/// Time that a trial waits for the workers to say how many steps they took.
+const REPORT_DEADLINE: Duration = Duration::from_secs(5);
+/// How often workers are asked for it.
+const PING_INTERVAL: Duration = Duration::from_millis(50);
+
+impl Bench {
+    /// Runs every workload on `candidate`; `round` makes the prompts new ones.
+    pub(crate) async fn run(
+        &self,
+        candidate: &Candidate,
+        round: usize,
+    ) -> Result<Vec<Measurement>, CliError> {
+        let mut config = self.config.clone();
+        config.split = candidate.split();
+        config.affinity = candidate.affinity(&config.affinity);
+        config.queue = QueueConfig { max_jobs: 8192, max_per_client: 8192, ..config.queue };
+        config.engine.speculation = "off".into(); // Answers to random prompts are easier to guess than real ones.
+        config.watchdog.interval = config.watchdog.interval.min(PING_INTERVAL);
+        Local::with(config, async |local| {
+            let n_ctx = local.model.n_ctx;
+            let mut trial = Trial { local, number: (round as u64) << 32, n_generated: 0 };
+            trial.warm_up(candidate.workers).await?;
+            let mut measurements = Vec::new();
+            for &workload in &self.workloads {
+                let load = workload.load(self.n_cpus, n_ctx, self.is_quick);
+                measurements.push(trial.measure(load).await?);
+            }
+            Ok(measurements)
+        })
+        .await
+    }
+}
+
+/// A service under test.
+struct Trial {
+    local: Local,
+    /// Prompts made so far.
+    number: u64,
+    /// Tokens generated so far.
+    n_generated: u64,
+}
+
+/// Jobs done, and the time it took.
+struct Pass {
+    answers: Vec<Answer>,
+    wall_s: f64,
+}
+
+impl Pass {
+    /// `count` of all answers for each second.
+    fn rate(&self, count: impl Fn(&Answer) -> u32) -> f64 {
+        let sum: f64 = self.answers.iter().map(|answer| f64::from(count(answer))).sum();
+        sum / self.wall_s.max(f64::MIN_POSITIVE)
+    }
+
+    /// What `percent` of the answers do not exceed.
+    fn percentile(&self, percent: usize, value: impl Fn(&Answer) -> f64) -> f64 {
+        crate::batch::percentile(&self.answers.iter().map(value).collect::<Vec<_>>(), percent)
+    }
+}
+
+impl Trial {
+    /// Faults the weights in and lets every worker of `n_workers` work once.
+    async fn warm_up(&mut self, n_workers: usize) -> Result<(), CliError> {
+        let load = Load { n_jobs: 2 * n_workers, n_together: 2 * n_workers, n_prompt: 8, n_generated: 2 };
+        self.pass(load).await.map(drop)
+    }
+
+    async fn measure(&mut self, load: Load) -> Result<Measurement, CliError> {
+        let prefill = self.pass(load.prefill()).await?;
+        let bytes_before = self.bytes_read().await;
+        let decode = self.pass(load.decode()).await?;
+        let bytes = self.bytes_read().await - bytes_before;
+        let whole = self.pass(load).await?;
+        Ok(Measurement {
+            load,
+            prefill: prefill.rate(|answer| answer.prompt_tokens),
+            decode: decode.rate(|answer| answer.tokens),
+            decode_bytes_per_s: bytes / decode.wall_s.max(f64::MIN_POSITIVE),
+            whole: whole.rate(|answer| answer.tokens),
+            p50_s: whole.percentile(50, |answer| answer.seconds),
+            p95_s: whole.percentile(95, |answer| answer.seconds),
+            ttft_p95_s: whole.percentile(95, |answer| answer.ttft_seconds),
+        })
+    }
+
+    /// Does jobs, so many at a time.
+    async fn pass(&mut self, load: Load) -> Result<Pass, CliError> {
+        let n_vocab = self.local.model.n_vocab;
+        let requests: Vec<GenerateRequest> = (0..load.n_jobs)
+            .map(|_| {
+                self.number += 1;
+                request(load, n_vocab, self.number)
+            })
+            .collect();
+        let mut waiting = requests.into_iter();
+        let mut running = JoinSet::new();
+        let mut answers = Vec::new();
+        let start = Instant::now();
+        loop {
+            while running.len() < load.n_together
+                && let Some(request) = waiting.next()
+            {
+                let local = self.local.clone();
+                running.spawn_local(async move {
+                    let mut job = local.start(request).await?;
+                    let collector = Collector::new(0, String::new(), false);
+                    collector.collect(&mut job, async |_: &str| Ok(())).await
+                });
+            }
+            let Some(ended) = running.join_next().await else { break };
+            let answer = ended.map_err(|error| CliError::with_code(ExitCode::Software, error))??;
+            self.n_generated += u64::from(answer.tokens);
+            answers.push(answer);
+        }
+        Ok(Pass { answers, wall_s: start.elapsed().as_secs_f64() })
+    }
+
+    /// Bytes of weights that all workers have read in all their steps. Waits until they have told of every token.
+    async fn bytes_read(&self) -> f64 {
+        let deadline = Instant::now() + REPORT_DEADLINE;
+        loop {
+            let loads = self.local.loads().await;
+            let n_told: u64 = loads.iter().map(|load| load.decode_tokens).sum();
+            if n_told >= self.n_generated || Instant::now() > deadline {
+                let n_steps: u64 = loads.iter().map(|load| load.steps).sum();
+                return n_steps as f64 * self.local.model.step_bytes as f64;
+            }
+            tokio::time::sleep(PING_INTERVAL).await;
+        }
+    }
+}
