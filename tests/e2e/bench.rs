@@ -45,6 +45,7 @@ fn the_table_has_a_line_for_each_rate() {
         "{table}"
     );
     assert_eq!(table.lines().filter(|line| line.contains(" %  ")).count(), 2, "{table}");
-    let finished = folder.run("bench --quick -t 1 --plot rates.png");
+    let finished = folder.run("bench --quick -t 1 --plot rates.pdf");
     assert_eq!(finished.code, Some(64), "{finished:?}");
+    assert!(finished.stderr.contains("a picture is .svg or .png"), "{finished:?}");
 }
