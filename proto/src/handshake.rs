@@ -67,7 +67,7 @@ pub fn check_worker_hello(message: ToWorker) -> Result<WorkerSetup, WireError> {
         return Err(WireError::new(ErrorCode::BadMessage, "the first message to a worker must be `hello`"));
     };
     check_version("the supervisor", version)?;
-    Ok(setup)
+    Ok(*setup)
 }
 
 /// Checks a worker's first message; gives what it serves and its load time in seconds.

@@ -32,7 +32,7 @@ pub enum ToWorker {
         /// Must be [`crate::PROTOCOL_VERSION`].
         version: u32,
         /// Set-up of this worker.
-        setup: WorkerSetup,
+        setup: Box<WorkerSetup>,
     },
     /// Takes on a job. `resume` holds the tokens that were already delivered to the client.
     Job {

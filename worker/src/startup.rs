@@ -116,7 +116,7 @@ impl StartError {
 pub(crate) fn handshake(link: &mut Link) -> Result<WorkerSetup, StartError> {
     match link.receive()? {
         None => Err(StartError::LinkClosed),
-        Some(ToWorker::Hello { version: PROTOCOL_VERSION, setup }) => Ok(setup),
+        Some(ToWorker::Hello { version: PROTOCOL_VERSION, setup }) => Ok(*setup),
         Some(ToWorker::Hello { version, .. }) => Err(StartError::Version { found: version }),
         Some(_) => Err(StartError::NoHello),
     }
