@@ -61,7 +61,7 @@ pub struct ScrapeListener {
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpListener),
-    Unix(Listener),
+    Unix(Box<Listener>),
 }
 
 impl ScrapeListener {
@@ -72,7 +72,7 @@ impl ScrapeListener {
     pub async fn bind(config: &ListenConfig) -> Result<Option<Self>, ScrapeError> {
         let socket = match &config.metrics {
             None => return Ok(None),
-            Some(MetricsAddress::Unix(path)) => Socket::Unix(Listener::bind(path, config)?),
+            Some(MetricsAddress::Unix(path)) => Socket::Unix(Box::new(Listener::bind(path, config)?)),
             Some(MetricsAddress::Tcp(address)) => {
                 let failed = |source| ScrapeError::Tcp { address: *address, source };
                 if !address.ip().is_loopback() {
