@@ -225,7 +225,8 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
             }
         });
     prop_oneof![
-        (any::<u32>(), setup).prop_map(|(version, setup)| ToWorker::Hello { version, setup: Box::new(setup) }),
+        (any::<u32>(), setup)
+            .prop_map(|(version, setup)| ToWorker::Hello { version, setup: Box::new(setup) }),
         (any::<u64>(), request(), vec(any::<u32>(), 0..50))
             .prop_map(|(job, request, resume)| ToWorker::Job { job, request: Box::new(request), resume }),
         any::<u64>().prop_map(|seq| ToWorker::Ping { seq }),

@@ -350,7 +350,11 @@ impl EventLoop {
                 self.links
                     .insert(slot, WorkerLink::start(slot, generation, child, stream, self.events.clone()));
                 self.pending.push_back(Event::WorkerSpawned { slot, generation, pid });
-                self.order(slot, generation, &ToWorker::Hello { version: PROTOCOL_VERSION, setup: Box::new(setup) });
+                self.order(
+                    slot,
+                    generation,
+                    &ToWorker::Hello { version: PROTOCOL_VERSION, setup: Box::new(setup) },
+                );
             }
             Err(error) => {
                 tracing::error!(slot = slot_number(slot), generation, %error, "worker not started");
