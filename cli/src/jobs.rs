@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use bitnetd_proto::client::{ClientError, JobFilter};
+use bitnetd_proto::client::{Client, ClientError, JobFilter};
 use bitnetd_proto::durable::{JobRecord, JobState, JobSummary};
 use bitnetd_proto::error::ErrorCode;
 use bitnetd_proto::exit_code::ExitCode;
@@ -171,8 +171,9 @@ fn now_ms() -> u64 {
 pub(crate) fn wait(args: &WaitArgs) -> Result<ExitCode, CliError> {
     let end = args.timeout.map(|ms| Instant::now() + Duration::from_millis(ms));
     let mut code = ExitCode::Ok;
+    let mut client = Some(args.socket.connect()?); // Nobody there at the beginning is an error at once.
     for &job in &args.jobs {
-        let record = wait_for(args, job, end)?;
+        let record = wait_for(args, &mut client, job, end)?;
         if !record.summary.state.has_ended() {
             let text = format!("job {job} has not ended in time: it is {}", record.summary.state.name());
             return Err(
@@ -185,18 +186,24 @@ pub(crate) fn wait(args: &WaitArgs) -> Result<ExitCode, CliError> {
 }
 
 /// A job when it has ended; a daemon that is restarted meanwhile is found again.
-fn wait_for(args: &WaitArgs, job: u64, end: Option<Instant>) -> Result<JobRecord, CliError> {
-    let mut client = Some(args.socket.connect()?); // Nobody there at the beginning is an error at once.
+fn wait_for(
+    args: &WaitArgs,
+    connection: &mut Option<Client>,
+    job: u64,
+    end: Option<Instant>,
+) -> Result<JobRecord, CliError> {
     let mut away_since: Option<Instant> = None;
     loop {
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        let outcome = match client.take() {
+        let outcome = match connection.take() {
             Some(client) => Ok(client),
             None => daemon::connect_once(&args.socket.find()?, daemon::ANSWER_TIMEOUT),
         }
         .and_then(|mut client| {
             away_since = None;
-            client.wait(job, left)
+            let record = client.wait(job, left)?;
+            *connection = Some(client); // For the next job.
+            Ok(record)
         });
         let error = match outcome {
             Ok(record) => return Ok(record),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::Stdio;
 
 use bitnetd_proto::client::Submission;
@@ -142,14 +143,15 @@ fn who_waits_outlives_a_restart_of_the_daemon() {
         })
         .unwrap();
     let mut command = folder.command(&format!("wait {job} {target} --json --socket %/bitnetd.sock"));
-    let waiting = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    wait_for("the first is done", || {
-        (daemon.connect().ok()?.result(job).ok()?.summary.state == JobState::Done).then_some(())
-    });
+    let mut waiting = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdout = BufReader::new(waiting.stdout.take().unwrap());
+    let mut lines = String::new();
+    stdout.read_line(&mut lines).unwrap(); // The first is done, and the second is waited for.
     daemon.signal(Signal::SIGKILL);
     daemon.wait();
     let _next = Daemon::start(&folder, SPLIT);
-    let lines = folder.finished(waiting).ok();
+    stdout.read_to_string(&mut lines).unwrap();
+    folder.finished(waiting).ok();
     assert_eq!(lines.lines().count(), 2, "{lines}");
 }
 
