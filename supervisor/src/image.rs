@@ -16,6 +16,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
 
+use crate::files::FileState;
+
 /// Where the model comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ModelSource {
@@ -105,20 +107,8 @@ impl ModelImage {
 
     /// True if both are the very same file and it was not written to in between. Memory is never the same.
     pub(crate) fn is_same_file(&self, other: &Self) -> bool {
-        let identity = |image: &Self| {
-            fstat(&image.model).map(|stat| {
-                (
-                    stat.st_dev,
-                    stat.st_ino,
-                    stat.st_size,
-                    stat.st_mtime,
-                    stat.st_mtime_nsec,
-                    stat.st_ctime,
-                    stat.st_ctime_nsec,
-                )
-            })
-        };
-        identity(self).is_ok_and(|ours| identity(other) == Ok(ours))
+        let state = |image: &Self| fstat(&image.model).map(|stat| FileState::from(&stat));
+        state(self).is_ok_and(|ours| state(other) == Ok(ours))
     }
 
     /// The model's bytes, read-only.

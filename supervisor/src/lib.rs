@@ -6,13 +6,14 @@
 
 mod activation; // What systemd passes on: sockets and stored memory.
 mod backoff; // How long a slot waits, and when it gives up.
-mod child; // One worker process: the only unsafe code.
+mod child; // One worker process.
 mod connection; // One client.
 mod durable; // Jobs that survive everything: who waits, what is next.
 mod editions; // What each slot's workers are started with.
 mod event_loop; // The one task that owns the state.
+mod files; // Locks beside files, and the state files are in.
 mod image; // The model every worker inherits.
-mod journal; // The file that keeps them.
+mod journal; // The file that keeps durable jobs.
 mod link; // The task of one worker.
 mod listener; // The socket.
 mod log; // What the log says.

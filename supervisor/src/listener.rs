@@ -7,10 +7,10 @@
 //! probe decides about anything else that may listen there. The lock file stays: removing it would let two
 //! processes hold "the" lock.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,8 +20,7 @@ use bitnetd_config::ListenConfig;
 use bitnetd_proto::exit_code::ExitCode;
 use interprocess::local_socket::{GenericFilePath, Listener as LocalListener, ListenerOptions, ToFsName};
 use interprocess::os::unix::local_socket::ListenerOptionsExt;
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Group, Uid, User, chown};
 use tokio::net::{UnixListener, UnixStream};
@@ -29,6 +28,7 @@ use tokio::sync::Semaphore;
 use tokio::time::sleep;
 
 use crate::connection;
+use crate::files::{self, LockError};
 use crate::service::Service;
 
 /// Connections that are being refused at once, at most; more are closed without a word.
@@ -344,19 +344,9 @@ fn is_about_one_peer(error: &io::Error) -> bool {
 }
 
 fn lock_beside(path: &Path) -> Result<Flock<File>, ListenError> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(nix::libc::O_NOFOLLOW)
-        .open(PathBuf::from(name))
-        .map_err(|source| ListenError::new(path, source))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        Errno::EWOULDBLOCK => ListenError::InUse { path: path.to_owned() },
-        errno => ListenError::new(path, errno.into()),
+    files::lock_beside(path).map_err(|error| match error {
+        LockError::InUse => ListenError::InUse { path: path.to_owned() },
+        LockError::Io(source) => ListenError::new(path, source),
     })
 }
 

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use bitnetd_config::{Choice as _, Config};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::stat::{FileStat, fstat, stat};
+use nix::sys::stat::{fstat, stat};
 
 use crate::editions::Prepared;
+use crate::files::FileState;
 use crate::image::ModelImage;
 use crate::notify::Notifier;
 
@@ -106,22 +107,12 @@ fn size(memory: impl AsFd) -> i64 {
 /// Says what it was made of: the model's file, how it is read, and the program, each in the state it is in now.
 fn name(config: &Config, image: &ModelImage) -> Option<String> {
     // The built-in model is in memory, new in each process, and part of the program.
-    let model = if image.is_built_in() { "built-in".into() } else { state_of(&fstat(image.model()).ok()?) };
-    let program = state_of(&stat("/proc/self/exe").ok()?);
+    let model = if image.is_built_in() {
+        "built-in".into()
+    } else {
+        FileState::from(&fstat(image.model()).ok()?).to_string()
+    };
+    let program = FileState::from(&stat("/proc/self/exe").ok()?);
     let name = format!("prepared.{}.{model}.{program}", config.model.head.name());
     (name.len() <= NAME_BYTES_MAX).then_some(name)
-}
-
-/// Changes with every write to a file, and is another one for every other file.
-fn state_of(stat: &FileStat) -> String {
-    format!(
-        "{:x}-{:x}-{:x}-{:x}-{:x}-{:x}-{:x}",
-        stat.st_dev,
-        stat.st_ino,
-        stat.st_size,
-        stat.st_mtime,
-        stat.st_mtime_nsec,
-        stat.st_ctime,
-        stat.st_ctime_nsec
-    )
 }

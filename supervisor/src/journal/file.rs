@@ -7,11 +7,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use bitnetd_proto::exit_code::ExitCode;
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use redb::{Builder, Database, DatabaseError, ReadableDatabase as _, StorageError, TableError};
 
 use super::rows::{FORMAT, META, META_FORMAT};
+use crate::files::{self, LockError};
 
 /// Memory for pages of the file.
 const CACHE_BYTES: usize = 16 << 20;
@@ -115,21 +115,11 @@ pub(super) enum Opened {
     Damaged(String),
 }
 
-/// Makes the lock file beside the journal ours. It stays: removing it would let two processes hold "the" lock.
+/// Makes the lock file beside the journal ours.
 pub(super) fn lock_beside(path: &Path) -> Result<Flock<File>, JournalError> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(nix::libc::O_NOFOLLOW)
-        .open(PathBuf::from(name))
-        .map_err(|source| JournalError::new(path, source))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        Errno::EWOULDBLOCK => JournalError::InUse { path: path.to_owned() },
-        errno => JournalError::new(path, errno.into()),
+    files::lock_beside(path).map_err(|error| match error {
+        LockError::InUse => JournalError::InUse { path: path.to_owned() },
+        LockError::Io(source) => JournalError::new(path, source),
     })
 }
 
