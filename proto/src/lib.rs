@@ -17,6 +17,7 @@ pub mod frame; // Bytes <-> messages.
 pub mod handshake;
 pub mod limits;
 pub mod request; // What a client asks for.
+pub mod sealed; // Memory handed over by descriptor.
 pub mod status; // The state of the service.
 mod validate; // Which requests are refused at the door.
 pub mod worker_link; // Supervisor <-> worker.

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use bitnetd_proto::sealed;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
 
@@ -160,9 +160,7 @@ fn sealed_memory(bytes: &[u8]) -> io::Result<OwnedFd> {
     let fd = memfd_create(c"bitnetd-model", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     let mut file = File::from(fd);
     file.write_all(bytes)?;
-    let seals =
-        SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    sealed::seal(&file)?;
     let mut path = OsString::from("/proc/self/fd/");
     path.push(file.as_raw_fd().to_string());
     // Without /proc the writable descriptor does as well: the seals hold.

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use bitnetd_config::{Choice as _, Config};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use bitnetd_proto::sealed::is_sealed;
 use nix::sys::stat::{fstat, stat};
 
 use crate::editions::Prepared;
@@ -94,10 +94,7 @@ impl Shelf {
 
 /// Full, and nobody can change it any more.
 fn is_whole(memory: impl AsFd) -> bool {
-    let all =
-        SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    let seals = fcntl(&memory, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_truncate);
-    seals.is_ok_and(|seals| seals.contains(all)) && size(&memory) > 0
+    is_sealed(&memory) == Ok(true) && size(&memory) > 0
 }
 
 fn size(memory: impl AsFd) -> i64 {

@@ -13,7 +13,8 @@ use bitnetd_engine::head::{FastHead, FastHeadError, HeadImage};
 use bitnetd_engine::kernels::KernelSet;
 use bitnetd_engine::mapping::{Mapping, MappingError};
 use bitnetd_engine::pool::ThreadPool;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use bitnetd_proto::sealed::{is_sealed, seal};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 /// Why there is no fast head.
@@ -65,17 +66,6 @@ fn lock(file: &File, kind: i32) -> Result<(), nix::Error> {
         l_pid: 0,
     };
     fcntl(file, FcntlArg::F_SETLKW(&range)).map(drop)
-}
-
-fn is_sealed(file: &File) -> Result<bool, nix::Error> {
-    let seals = SealFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GET_SEALS)?);
-    Ok(seals.contains(SealFlag::F_SEAL_WRITE))
-}
-
-fn seal(file: &File) -> Result<(), nix::Error> {
-    let seals =
-        SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(file, FcntlArg::F_ADD_SEALS(seals)).map(drop)
 }
 
 #[cfg(test)]
