@@ -13,7 +13,7 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::frame::encode_frame;
 use bitnetd_proto::request::GenerateRequest;
-use bitnetd_proto::status::StatusReport;
+use bitnetd_proto::status::{JournalReport, StatusReport};
 use bitnetd_proto::worker_link::ToWorker;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -39,12 +39,30 @@ const EVENTS_MAX: usize = 1024;
 /// What the rest of the program wants.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Submit { new: Submission, sink: JobSink, reply: oneshot::Sender<Result<(JobId, u64), WireError>> },
-    Cancel { job: JobId },
-    Status { reply: oneshot::Sender<StatusReport> },
-    Metrics { reply: oneshot::Sender<String> },
-    Restart { number: u32, reply: oneshot::Sender<Result<(), WireError>> },
-    Reload { spec: Box<ServiceSpec>, reply: oneshot::Sender<Result<(), WireError>> },
+    Submit {
+        new: Submission,
+        sink: JobSink,
+        reply: oneshot::Sender<Result<(JobId, u64), WireError>>,
+    },
+    Cancel {
+        job: JobId,
+    },
+    Status {
+        reply: oneshot::Sender<StatusReport>,
+    },
+    /// With the journal's part of the status, which the asker has.
+    Metrics {
+        journal: Option<JournalReport>,
+        reply: oneshot::Sender<String>,
+    },
+    Restart {
+        number: u32,
+        reply: oneshot::Sender<Result<(), WireError>>,
+    },
+    Reload {
+        spec: Box<ServiceSpec>,
+        reply: oneshot::Sender<Result<(), WireError>>,
+    },
     Drain,
     Stop,
 }
@@ -180,9 +198,9 @@ impl EventLoop {
                 let report = report::status(&self.state, &self.editions, self.now());
                 let _gone = reply.send(report);
             }
-            Command::Metrics { reply } => {
+            Command::Metrics { journal, reply } => {
                 let report = report::status(&self.state, &self.editions, self.now());
-                let _gone = reply.send(self.metrics.render(&report));
+                let _gone = reply.send(self.metrics.render(&report::with_journal(report, journal)));
             }
             Command::Restart { number, reply } => {
                 let answer = self.restart(number);

@@ -58,6 +58,7 @@ struct Gauges {
     jobs_of_slot: Family<Label, Gauge>,
     kv_used: Family<Label, Gauge>,
     kv_max: Family<Label, Gauge>,
+    durable_jobs: Family<Label, Gauge>,
     resident: Gauge,
     open_fds: Gauge,
 }
@@ -193,6 +194,11 @@ impl Gauges {
         registry.register("worker_jobs", "Jobs on a worker", self.jobs_of_slot.clone());
         registry.register("worker_kv_tokens", "Tokens in the KV cache of a worker", self.kv_used.clone());
         registry.register("worker_kv_tokens_max", "Tokens that fit in there", self.kv_max.clone());
+        registry.register(
+            "durable_jobs",
+            "Durable jobs in each state; ended: results that are kept",
+            self.durable_jobs.clone(),
+        );
         let resident = self.resident.clone();
         registry.register("supervisor_resident_memory_bytes", "Of the supervisor alone", resident);
         registry.register("supervisor_open_fds", "Open files of the supervisor", self.open_fds.clone());
@@ -218,6 +224,12 @@ impl Gauges {
             set(&self.jobs_of_slot, "slot", &slot, (*jobs).into());
             set(&self.kv_used, "slot", &slot, load.kv_tokens);
             set(&self.kv_max, "slot", &slot, load.kv_tokens_max);
+        }
+        let counts = report.journal.iter();
+        let counts =
+            counts.flat_map(|of| [("queued", of.queued), ("running", of.running), ("ended", of.ended)]);
+        for (state, n) in counts {
+            set(&self.durable_jobs, "state", state, n);
         }
         self.resident.set(resident_bytes().unwrap_or(0));
         self.open_fds.set(n_open_fds().unwrap_or(0));

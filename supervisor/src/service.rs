@@ -14,7 +14,7 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::GenerateRequest;
-use bitnetd_proto::status::StatusReport;
+use bitnetd_proto::status::{JournalReport, StatusReport};
 use bitnetd_proto::worker_link::ModelSummary;
 use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
@@ -256,7 +256,11 @@ impl Service {
                 _ => report::nothing(), // The event loop is gone without a word: the runtime was shut down.
             },
         };
-        report::with_journal(report, self.durable().ok().map(Durable::report))
+        report::with_journal(report, self.journal_report())
+    }
+
+    fn journal_report(&self) -> Option<JournalReport> {
+        self.durable().ok().map(Durable::report)
     }
 
     /// What was counted and measured since the start, as OpenMetrics text.
@@ -264,7 +268,8 @@ impl Service {
     /// # Errors
     /// If the service has stopped.
     pub async fn metrics(&self) -> Result<String, WireError> {
-        self.ask(|reply| Command::Metrics { reply }).await
+        let journal = self.journal_report();
+        self.ask(|reply| Command::Metrics { journal, reply }).await
     }
 
     /// Replaces the worker of one slot; its jobs go on elsewhere. Also brings back a slot that was given up.

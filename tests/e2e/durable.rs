@@ -211,6 +211,8 @@ fn a_damaged_journal_is_set_aside_and_everybody_can_see_it() {
     let mut client = daemon.connect().unwrap();
     let job = client.submit(submission(1, "a")).unwrap().job;
     client.wait(job, None).unwrap();
+    let metrics = client.metrics().unwrap();
+    assert!(metrics.contains("\nbitnetd_durable_jobs{state=\"ended\"} 1\n"), "{metrics}");
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait(), Some(0));
     let mut bytes = fs::read(folder.path("jobs.redb")).unwrap();
@@ -226,6 +228,10 @@ fn a_damaged_journal_is_set_aside_and_everybody_can_see_it() {
         (shown.code == Some(1) && shown.stdout.starts_with("health   degraded")).then_some(())
     });
     assert!(daemon.log(&folder).contains("THE JOURNAL WAS DAMAGED"));
+    let metrics = folder.run("metrics --socket %/bitnetd.sock").ok();
+    for line in ["bitnetd_health{state=\"degraded\"} 1", "bitnetd_durable_jobs{state=\"ended\"} 0"] {
+        assert!(metrics.lines().any(|found| found == line), "no `{line}` in\n{metrics}");
+    }
     let lost = daemon.connect().unwrap().result(job).unwrap_err();
     assert_eq!(lost.wire().map(|error| error.code), Some(ErrorCode::NotFound));
     let new = daemon.connect().unwrap().submit(submission(1, "a")).unwrap();

@@ -74,6 +74,9 @@ fn a_scrape_counts_what_happened() {
         ("bitnetd_health{state=\"ready\"}", 1.0),
         ("bitnetd_health{state=\"degraded\"}", 0.0),
         ("bitnetd_jobs_queued", 0.0),
+        ("bitnetd_durable_jobs{state=\"queued\"}", 0.0),
+        ("bitnetd_durable_jobs{state=\"running\"}", 0.0),
+        ("bitnetd_durable_jobs{state=\"ended\"}", 0.0),
     ] {
         assert_eq!((scraped.get(name), printed.get(name)), (Some(&expected), Some(&expected)), "{name}");
     }
