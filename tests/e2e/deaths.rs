@@ -1,7 +1,7 @@
 //! Promise P3: workers are killed while they work, and no client sees it. And nobody survives the supervisor.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bitnetd_config::Config;
 use bitnetd_placement::{Plan, WorkerPlacement};
@@ -144,6 +144,41 @@ fn an_endless_loop_on_the_compute_thread_is_found_and_the_answer_goes_on() {
     let (text, last_exit) = answer_in_process(&["--hang-after", "15"], &request);
     assert_eq!(text, calm);
     assert_eq!(last_exit.as_deref(), Some("killed: its step loop did not answer for 2s"));
+}
+
+#[test]
+fn a_worker_that_reads_long_prompts_or_does_nothing_is_not_taken_for_a_hung_one() {
+    const TIMEOUT: Duration = Duration::from_secs(1);
+    let folder = Folder::new();
+    // Prompts are read a token a step, with the slow kernels: seconds for each, and no answer meanwhile.
+    let text = "split = { workers = 1, threads = 1 }\nwatchdog = { interval = \"100ms\", timeout = \"1s\" }\n\
+                engine = { isa = \"scalar\", prefill_chunk = 1, max_batch = 8 }\n";
+    folder.write("watch.toml", text);
+    let daemon = Daemon::start(&folder, "-c watch.toml");
+    let worker = daemon.workers();
+    // On however fast a machine: more prompts at once until reading them takes three times as long as a silence may.
+    let was_long = [1, 2, 4, 8].into_iter().any(|n_prompts| {
+        let begin = Instant::now();
+        std::thread::scope(|scope| {
+            for number in 0..n_prompts {
+                let prompt =
+                    format!("{number} {n_prompts} {}", "Once upon a time there was a dog. ".repeat(20));
+                let daemon = &daemon;
+                scope.spawn(move || {
+                    let request = random_request(&prompt, 1, 1);
+                    generate(&mut daemon.connect().unwrap(), &request).unwrap();
+                });
+            }
+        });
+        begin.elapsed() > 3 * TIMEOUT
+    });
+    assert!(was_long, "nothing here takes long enough to be taken for a hang: give the test more to read");
+    // And idle for longer than a silence may be.
+    let begin = Instant::now();
+    wait_for("an idle time beyond the timeout", || (begin.elapsed() > 2 * TIMEOUT).then_some(()));
+    let report = daemon.status().unwrap();
+    assert_eq!((report.totals.restarts, report.totals.failovers), (0, 0), "{report:?}");
+    assert_eq!(daemon.workers(), worker);
 }
 
 #[test]
