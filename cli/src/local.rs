@@ -63,7 +63,9 @@ impl ModelArgs {
 
 /// What a configuration and this machine come to.
 pub(crate) fn plan(config: &Config) -> Result<Plan, CliError> {
-    Ok(plan_for(&Machine::read(Path::new("/"), &Limits::default()), config)?)
+    // The supervisor may be keeping to a part of the mask that was given to this process.
+    let limits = Limits { affinity: bitnetd_supervisor::given_affinity() };
+    Ok(plan_for(&Machine::read(Path::new("/"), &limits), config)?)
 }
 
 /// The same for any machine: `profile = "auto"` means what `tune` found best, where it was asked.

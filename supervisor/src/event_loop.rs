@@ -25,6 +25,7 @@ use crate::link::WorkerLink;
 use crate::log;
 use crate::metrics::Metrics;
 use crate::notify::{Herald, Notifier};
+use crate::own_cpus;
 use crate::report;
 use crate::service::{JobEvent, ServiceSpec};
 use crate::shelf::Shelf;
@@ -176,6 +177,7 @@ impl EventLoop {
                 () = sleep_until(deadline) => self.step(Event::TimePassed),
             }
         }
+        own_cpus::keep_to(&[]);
         // What is still in the channel gets an answer by the drop of its sender.
         let report = report::status(&self.state, &self.editions, self.now());
         ended.send_replace(Some(Ended { exit_code: ExitCode::Ok, report }));
@@ -256,6 +258,7 @@ impl EventLoop {
     fn reloaded(&mut self, edition: Edition, outcome: Result<(), WireError>) {
         if outcome.is_ok() {
             self.editions.take_over(edition);
+            own_cpus::keep_to(&self.editions.present().spec.plan.supervisor_cpus);
         }
         if let Some(reply) = self.reloads.remove(&edition) {
             let _gone = reply.send(outcome);

@@ -19,6 +19,7 @@ mod listener; // The socket.
 mod log; // What the log says.
 mod metrics; // What is counted and measured.
 mod notify; // What systemd is told.
+mod own_cpus; // Where the supervisor itself may run.
 mod peer; // Who a client is.
 mod privileges; // What the supervisor gives up.
 mod report; // The state in words of the wire.
@@ -32,6 +33,7 @@ pub use image::{ImageError, ModelSource};
 pub use journal::{Journal, JournalError};
 pub use listener::{ListenError, Listener};
 pub use notify::Notifier;
+pub use own_cpus::given_affinity;
 pub use privileges::{PrivilegeError, reduce as reduce_privileges};
 pub use scrape::{ScrapeError, ScrapeListener};
 pub use service::{Job, JobEvent, Reloader, Service, ServiceSpec, StartError};

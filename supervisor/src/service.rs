@@ -24,6 +24,7 @@ use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
 use crate::journal::Journal;
 use crate::notify::Notifier;
+use crate::own_cpus;
 use crate::report;
 use crate::shelf::Shelf;
 use crate::state::{ClientId, JobId, Readiness, Standing};
@@ -157,6 +158,7 @@ impl Service {
         let mut image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
         let shelf = Shelf::open(notifier.clone(), stored, &spec.config, &mut image);
         let n_durable_places = Arc::new(AtomicUsize::new(durable_places(&spec)));
+        own_cpus::keep_to(&spec.plan.supervisor_cpus);
         let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);
         let (readiness_out, readiness) = watch::channel(Readiness::Starting);
         let (ended_out, ended) = watch::channel(None);

@@ -58,8 +58,7 @@ impl Fixture {
             config: self.config.clone(),
             plan: Plan {
                 workers: vec![WorkerPlacement { cpus: vec![], memory_nodes: vec![] }; self.n_slots],
-                reasons: vec![],
-                warnings: vec![],
+                ..Plan::default()
             },
             model: ModelSource::BuiltIn(b"fake image"),
             worker_program: FAKE_WORKER.into(),

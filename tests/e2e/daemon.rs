@@ -223,3 +223,51 @@ fn a_client_that_goes_away_cancels_its_job() {
     drop(client);
     wait_for("the job is cancelled", || (daemon.status()?.totals.cancelled == 1).then_some(()));
 }
+
+/// The affinity masks of all threads of a process, and their names.
+fn masks(pid: u32) -> Vec<(String, String)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|task| task.unwrap().path());
+    // A thread may end while we look.
+    let status = |path: std::path::PathBuf| fs::read_to_string(path.join("status")).ok();
+    let value = |text: &str, name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t")).unwrap();
+        line.to_owned()
+    };
+    tasks.filter_map(status).map(|text| (value(&text, "Name"), value(&text, "Cpus_allowed_list"))).collect()
+}
+
+#[test]
+fn the_supervisor_keeps_to_reserved_cpus_and_workers_to_the_others() {
+    let given = field("/proc/self/status", "Cpus_allowed_list");
+    let [first, second, ..] = cpu_list::parse(&given).unwrap()[..] else { panic!("one CPU cannot be divided") };
+    let folder = Folder::new();
+    let configure = |reserve: &str, cpu: u32| {
+        let text = format!("[affinity]\nreserve = \"{reserve}\"\n[[split.worker]]\ncpus = \"{cpu}\"\n");
+        folder.write("d.toml", text);
+    };
+    configure(&first.to_string(), second);
+    let daemon = Daemon::start(&folder, "-c %/d.toml");
+    let supervisor = daemon.status().unwrap().pid;
+    let check = |of_supervisor: &str, of_worker: u32| {
+        wait_for("the worker moved", || {
+            let slots = daemon.status()?.slots;
+            (slots.len() == 1 && slots[0].cpus == of_worker.to_string()).then_some(())
+        });
+        // Threads that come later (a client's, the journal's) inherit it.
+        generate(&mut daemon.connect().unwrap(), &random_request(PROMPTS[0], 1, 4)).unwrap();
+        for (thread, mask) in masks(supervisor) {
+            assert_eq!(mask, of_supervisor, "thread {thread} of the supervisor");
+        }
+        for (thread, mask) in daemon.workers().into_iter().flat_map(masks) {
+            assert_eq!(mask, of_worker.to_string(), "thread {thread} of the worker");
+        }
+    };
+    check(&first.to_string(), second);
+    // The new plan is made from the mask that the daemon was started with, not from what it keeps to.
+    configure(&second.to_string(), first);
+    folder.run("reload --socket %/bitnetd.sock").ok();
+    check(&second.to_string(), first);
+    configure("", second);
+    folder.run("reload --socket %/bitnetd.sock").ok();
+    check(&given, second);
+}

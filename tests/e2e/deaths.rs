@@ -106,8 +106,7 @@ fn answer_in_process(extra: &[&str], request: &GenerateRequest) -> (String, Opti
         config,
         plan: Plan {
             workers: vec![WorkerPlacement { cpus: vec![0], memory_nodes: vec![] }],
-            reasons: vec![],
-            warnings: vec![],
+            ..Plan::default()
         },
         model: ModelSource::File(model),
         memory_bytes: None,

@@ -13,8 +13,7 @@ pub(crate) fn run(args: &[String]) {
         config: Config::default(),
         plan: Plan {
             workers: vec![WorkerPlacement { cpus: vec![], memory_nodes: vec![] }; n_slots],
-            reasons: vec![],
-            warnings: vec![],
+            ..Plan::default()
         },
         model: ModelSource::BuiltIn(b"fake image"),
         worker_program: std::env::current_exe().unwrap(),

@@ -121,8 +121,7 @@ impl Found<'_> {
         if self.list.len() == self.n_max {
             return;
         }
-        let empty = Plan { workers: Vec::new(), reasons: Vec::new(), warnings: Vec::new() };
-        let candidate = Candidate { workers, threads, is_performance_only, plan: empty };
+        let candidate = Candidate { workers, threads, is_performance_only, plan: Plan::default() };
         // What cannot be had on this machine is not tried.
         let Ok(plan) = plan(self.machine, &candidate.split(), &candidate.affinity(self.base)) else { return };
         if self.list.iter().all(|other| other.plan.workers != plan.workers) {

@@ -18,10 +18,12 @@ use self::pool::Pool;
 use crate::machine::Machine;
 
 /// Which worker gets which CPUs, and the reasons in words.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Plan {
     /// One entry for each worker slot; CPU sets are disjoint.
     pub workers: Vec<WorkerPlacement>,
+    /// Reserved CPUs to which the supervisor keeps; empty lets it run anywhere.
+    pub supervisor_cpus: Vec<u32>,
     /// Why it is so, one sentence each.
     pub reasons: Vec<String>,
     /// What is unwise about it, one sentence each.
@@ -166,8 +168,9 @@ pub fn plan(machine: &Machine, split: &SplitConfig, affinity: &AffinityConfig) -
             WorkerPlacement { cpus, memory_nodes }
         })
         .collect();
+    let supervisor_cpus = words.supervisor(&affinity.reserve);
     words.about(&workers, affinity.numa);
-    Ok(Plan { workers, reasons: words.reasons, warnings: words.warnings })
+    Ok(Plan { workers, supervisor_cpus, reasons: words.reasons, warnings: words.warnings })
 }
 
 fn check_explicit(pool: &Pool<'_>, lists: &[Vec<u32>]) -> Result<(), PlanError> {

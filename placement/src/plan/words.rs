@@ -77,6 +77,21 @@ impl<'p, 'm> Words<'p, 'm> {
         self.left_over(&sets);
     }
 
+    /// The reserved CPUs that the supervisor may use.
+    pub(super) fn supervisor(&mut self, reserve: &[u32]) -> Vec<u32> {
+        let is_ours = |cpu: &&u32| self.pool.machine.why_unusable(**cpu, &[]).is_none();
+        let ours: Vec<u32> = reserve.iter().filter(is_ours).copied().collect();
+        if !ours.is_empty() {
+            self.reasons.push(format!("The supervisor itself keeps to the reserved {}.", cpus(&ours)));
+        } else if !reserve.is_empty() {
+            self.warnings.push(format!(
+                "`affinity.reserve = \"{}\"` names no CPU that we could use: the supervisor runs on any.",
+                cpu_list::format(reserve)
+            ));
+        }
+        ours
+    }
+
     fn nodes(&mut self, sets: &[Vec<&Cpu>], workers: &[WorkerPlacement], numa: NumaPolicy) {
         if self.pool.machine.nodes.iter().filter(|node| !node.cpus.is_empty()).count() > 1 {
             let mut all_inside = true;
