@@ -17,7 +17,10 @@ impl Key {
     /// True if a running daemon cannot take a new value over.
     #[must_use]
     pub fn needs_restart(&self) -> bool {
-        matches!((self.section, self.name), ("listen", _) | ("log", "format") | ("queue", "journal"))
+        match (self.section, self.name) {
+            ("listen", name) => !matches!(name, "allow_uids" | "allow_gids"),
+            key => matches!(key, ("log", "format") | ("queue", "journal")),
+        }
     }
 }
 
@@ -74,7 +77,11 @@ pub const KEYS: &[Key] = &[
         "",
         "Instead of both: the CPUs of each worker, one `[[split.worker]]` for each.",
     ),
-    key("affinity", "reserve", "CPUs left to others, such as \"0\" or \"0-1,8\"."),
+    key(
+        "affinity",
+        "reserve",
+        "CPUs that no worker gets, such as \"0\" or \"0-1,8\"; the supervisor keeps to them.",
+    ),
     key(
         "affinity",
         "smt",

@@ -227,6 +227,7 @@ impl Listener {
     /// Clients who come while an own socket's service drains are told so. Those on the manager's socket wait for the
     /// next life of the service.
     pub async fn serve(self, service: Service) {
+        let config = Arc::new(self.config.clone());
         let max_connections = connections_with_room(self.config.max_connections as usize);
         let places = Arc::new(Semaphore::new(max_connections));
         let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
@@ -264,7 +265,9 @@ impl Listener {
                 }
             };
             if let Ok(place) = places.clone().try_acquire_owned() {
-                let (service, config) = (service.clone(), self.config.clone());
+                // Who may come in is asked when they come: a reload may have changed the lists.
+                let config = service.reloaded_listen().unwrap_or_else(|| config.clone());
+                let service = service.clone();
                 tokio::spawn(async move {
                     connection::serve(stream, service, &config).await;
                     drop(place);

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use bitnetd_config::Config;
+use bitnetd_config::{Config, ListenConfig};
 use bitnetd_placement::Plan;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, Token};
@@ -124,6 +124,8 @@ pub struct Service {
     durable: Arc<OnceLock<Result<Durable, String>>>,
     /// Durable jobs that are given to the workers at a time.
     n_durable_places: Arc<AtomicUsize>,
+    /// `[listen]` of the last reload, whose allow-lists hold for new clients; `None`: as each listener was made.
+    listen: Arc<watch::Sender<Option<Arc<ListenConfig>>>>,
 }
 
 impl fmt::Debug for Service {
@@ -167,7 +169,8 @@ impl Service {
         );
         let ending = Arc::new(watch::channel(false).0);
         let (reloads, durable) = (Arc::default(), Arc::default());
-        Ok(Self { commands, readiness, ended, ending, reloads, notifier, durable, n_durable_places })
+        let listen = Arc::new(watch::channel(None).0);
+        Ok(Self { commands, readiness, ended, ending, reloads, notifier, durable, n_durable_places, listen })
     }
 
     /// Takes a journal into service: its jobs go on, and clients may submit more. The first call counts.
@@ -378,9 +381,16 @@ impl Service {
             return Err(WireError::new(ErrorCode::InvalidRequest, "the plan has no worker"));
         }
         let n_places = durable_places(&spec);
+        let listen = Arc::new(spec.config.listen.clone());
         self.ask(|reply| Command::Reload { spec: Box::new(spec), reply }).await??;
         self.n_durable_places.store(n_places, Ordering::Relaxed);
+        self.listen.send_replace(Some(listen));
         Ok(())
+    }
+
+    /// `[listen]` of the last reload, if there was one.
+    pub(crate) fn reloaded_listen(&self) -> Option<Arc<ListenConfig>> {
+        self.listen.borrow().clone()
     }
 
     async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, WireError> {

@@ -260,6 +260,13 @@ fn allowed_users_and_groups_come_in_and_nobody_else() {
         assert!(finished.stderr.contains(&words) && finished.stdout.is_empty(), "{finished:?}");
         assert!(daemon.log(&open.folder).contains(&words));
     }
+    // The lists are read again like everything else that needs no new socket.
+    open.folder.write("c.toml", "[listen]\nmode = \"0666\"\nallow_uids = [0, 65534]\n");
+    open.folder.run("reload --socket %/bitnetd.sock").ok();
+    for (uid, code) in [(65_534, 0), (4100, 77), (0, 0)] {
+        let finished = open.status_as(uid, 4200, None);
+        assert_eq!(finished.code, Some(code), "{uid} after the reload: {finished:?}");
+    }
 }
 
 #[test]
