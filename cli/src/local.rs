@@ -70,12 +70,12 @@ pub(crate) fn plan(config: &Config) -> Result<Plan, CliError> {
 
 /// The same for any machine: `profile = "auto"` means what `tune` found best, where it was asked.
 pub(crate) fn plan_for(machine: &Machine, config: &Config) -> Result<Plan, PlanError> {
-    let Some((split, affinity, reason)) = tune::tuned_split(machine, config) else {
-        return bitnetd_placement::plan(machine, &config.split, &config.affinity);
-    };
-    let mut plan = bitnetd_placement::plan(machine, &split, &affinity)?;
-    plan.reasons.insert(0, reason);
-    Ok(plan)
+    match tune::tuned_split(machine, config) {
+        Some((size, affinity, evidence)) => {
+            bitnetd_placement::plan_as_measured(machine, size, &affinity, &evidence)
+        }
+        None => bitnetd_placement::plan(machine, &config.split, &config.affinity),
+    }
 }
 
 /// Everything the supervisor needs, from a configuration.

@@ -14,4 +14,4 @@ pub mod usage; // What the kernel counts about CPUs, threads and memory.
 
 pub use crate::machine::{CoreKind, Cpu, Limits, Machine, Node};
 pub use crate::plan::candidates::{Candidate, candidates};
-pub use crate::plan::{Plan, PlanError, WorkerPlacement, plan};
+pub use crate::plan::{Plan, PlanError, WorkerPlacement, plan, plan_as_measured};

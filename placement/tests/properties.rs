@@ -80,6 +80,11 @@ proptest! {
             }
         }
 
+        for cpu in &made.supervisor_cpus {
+            prop_assert!(affinity.reserve.contains(cpu) && machine.why_unusable(*cpu, &[]).is_none(), "{:?}", made);
+            prop_assert!(!seen.contains(cpu), "CPU {} is the supervisor's and a worker's: {:?}", cpu, made);
+        }
+
         let sizes: Vec<usize> = made.workers.iter().map(|worker| worker.cpus.len()).collect();
         let (least, most) = (*sizes.iter().min().unwrap(), *sizes.iter().max().unwrap());
         match split {

@@ -239,7 +239,9 @@ fn masks(pid: u32) -> Vec<(String, String)> {
 #[test]
 fn the_supervisor_keeps_to_reserved_cpus_and_workers_to_the_others() {
     let given = field("/proc/self/status", "Cpus_allowed_list");
-    let [first, second, ..] = cpu_list::parse(&given).unwrap()[..] else { panic!("one CPU cannot be divided") };
+    let [first, second, ..] = cpu_list::parse(&given).unwrap()[..] else {
+        panic!("one CPU cannot be divided")
+    };
     let folder = Folder::new();
     let configure = |reserve: &str, cpu: u32| {
         let text = format!("[affinity]\nreserve = \"{reserve}\"\n[[split.worker]]\ncpus = \"{cpu}\"\n");

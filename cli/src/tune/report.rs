@@ -108,7 +108,12 @@ impl Report {
 
     /// In one sentence.
     pub(super) fn evidence(&self) -> String {
-        self.overall.words(|idx| self.name(idx)) + "."
+        let words = self.overall.words(|idx| self.name(idx));
+        let Winner { name, .. } = self.winner();
+        if *name == self.name(self.overall.winner) {
+            return words + ".";
+        }
+        format!("{words}; {name} has fewer workers and needs less memory.")
     }
 
     fn name(&self, split: usize) -> String {

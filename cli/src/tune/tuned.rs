@@ -1,6 +1,7 @@
 //! What `profile = "auto"` knows: the winners of earlier sweeps, for each machine and model.
 
 use std::path::PathBuf;
+use std::time::{Duration, UNIX_EPOCH};
 
 use bitnetd_config::{AffinityConfig, Config, CoreChoice, Environment, Profile, SplitConfig};
 use bitnetd_placement::Machine;
@@ -21,6 +22,9 @@ struct Tuned {
     is_performance_only: bool,
     /// Why, in one sentence.
     evidence: String,
+    /// When, in seconds since 1970; files of earlier versions do not say.
+    #[serde(default)]
+    measured_unix_s: u64,
 }
 
 /// Winners that are kept; the oldest go.
@@ -46,6 +50,7 @@ pub(super) fn keep(identity: &Identity, report: &Report) -> Result<(), CliError>
         threads: winner.threads,
         is_performance_only: winner.is_performance_only,
         evidence: report.evidence(),
+        measured_unix_s: UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
     };
     let mut all = read();
     all.retain(|other| other.place != tuned.place);
@@ -69,20 +74,51 @@ fn read() -> Vec<Tuned> {
 }
 
 /// What `tune` found best for this machine and model, if the configuration leaves the choice to it and it was asked
-/// here: split, affinity, and why.
+/// here: workers and threads, affinity, and the evidence.
 pub(crate) fn tuned_split(
     machine: &Machine,
     config: &Config,
-) -> Option<(SplitConfig, AffinityConfig, String)> {
+) -> Option<((usize, usize), AffinityConfig, String)> {
     if config.split != SplitConfig::Profile(Profile::Auto) {
         return None;
     }
     let place = Place::new(machine, config).ok()?;
     let tuned = read().into_iter().find(|tuned| tuned.place == place)?;
     let cores = if tuned.is_performance_only { CoreChoice::Performance } else { config.affinity.cores };
-    Some((
-        SplitConfig::Counts { workers: tuned.workers, threads: tuned.threads },
-        AffinityConfig { cores, ..config.affinity.clone() },
-        format!("`auto`: what `tune` measured here. {}", tuned.evidence),
-    ))
+    let affinity = AffinityConfig { cores, ..config.affinity.clone() };
+    Some(((tuned.workers, tuned.threads), affinity, tuned.evidence_words()))
+}
+
+impl Tuned {
+    /// When, and by how much.
+    fn evidence_words(&self) -> String {
+        let when = match self.measured_unix_s {
+            0 => String::new(),
+            seconds => {
+                // "Sun, 06 Nov 1994 08:49:37 GMT"
+                let date = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(seconds));
+                date.get(5..16).map_or_else(String::new, |day| format!(" on {day}"))
+            }
+        };
+        format!("measured here by `tune`{when}: {}", self.evidence)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_evidence_says_when() {
+        let place = Place { processor: "p".into(), cpus: "0-1".into(), model: "m".into(), model_bytes: 1 };
+        let (workers, threads, is_performance_only) = (1, 2, false);
+        let evidence = "1x2 wins, 9.0 % ahead of 2x1.".to_owned();
+        let tuned = |measured_unix_s| {
+            let (place, evidence) = (place.clone(), evidence.clone());
+            Tuned { place, workers, threads, is_performance_only, evidence, measured_unix_s }
+        };
+        let words = tuned(784_111_777).evidence_words();
+        assert_eq!(words, "measured here by `tune` on 06 Nov 1994: 1x2 wins, 9.0 % ahead of 2x1.");
+        assert_eq!(tuned(0).evidence_words(), "measured here by `tune`: 1x2 wins, 9.0 % ahead of 2x1.");
+    }
 }

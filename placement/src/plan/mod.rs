@@ -121,15 +121,37 @@ pub enum PlanError {
 /// # Errors
 /// If what is asked for cannot be had on this machine; the error names the numbers.
 pub fn plan(machine: &Machine, split: &SplitConfig, affinity: &AffinityConfig) -> Result<Plan, PlanError> {
+    plan_because(machine, split, affinity, None)
+}
+
+/// The same for `workers` with `threads` each that were not asked for but measured to be best; `evidence` says when, and
+/// by how much.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_as_measured(
+    machine: &Machine,
+    (workers, threads): (usize, usize),
+    affinity: &AffinityConfig,
+    evidence: &str,
+) -> Result<Plan, PlanError> {
+    plan_because(machine, &SplitConfig::Counts { workers, threads }, affinity, Some(evidence))
+}
+
+fn plan_because(
+    machine: &Machine,
+    split: &SplitConfig,
+    affinity: &AffinityConfig,
+    evidence: Option<&str>,
+) -> Result<Plan, PlanError> {
     let pool = Pool::new(machine, affinity)?;
     let mut words = words::Words::new(&pool);
     let sets = match split {
         SplitConfig::Explicit(lists) => {
             check_explicit(&pool, lists)?;
-            words.reasons.push(format!(
-                "The CPUs of each of the {} are given in the configuration.",
-                words::count(lists.len(), "worker")
-            ));
+            words
+                .reasons
+                .push(format!("As asked: {}, each with its CPUs.", words::count(lists.len(), "worker")));
             lists.clone()
         }
         SplitConfig::Counts { workers, threads } => {
@@ -147,11 +169,11 @@ pub fn plan(machine: &Machine, split: &SplitConfig, affinity: &AffinityConfig) -
                     detail: pool.detail(),
                 });
             }
-            words.reasons.push(format!(
-                "The configuration asks for {} with {}.",
-                words::count(*workers, "worker"),
-                words::count_each(*workers, *threads)
-            ));
+            let size = split::workers_words(&vec![*threads; *workers]);
+            words.reasons.push(match evidence {
+                Some(evidence) => format!("`auto`: {size}, {evidence}"),
+                None => format!("As asked: {size}."),
+            });
             allocate::allocate(&pool, &vec![*threads; *workers])
         }
         SplitConfig::Profile(profile) => {

@@ -25,8 +25,7 @@ pub(super) fn sizes(pool: &Pool<'_>, profile: Profile) -> (Vec<usize>, Vec<Strin
         }
         Profile::HighConcurrency => {
             let sizes = divide(&fast, n, (n / 2).max(1));
-            let words =
-                format!("`high-concurrency`: workers of 2 threads, {} in all.", count(sizes.len(), "worker"));
+            let words = format!("`high-concurrency`: {}.", workers_words(&sizes));
             (sizes, words)
         }
         Profile::Balanced => near(pool, &fast, n, "balanced", 3.0 / 4.0),
@@ -95,7 +94,7 @@ fn auto(pool: &Pool<'_>, fast: &[&Cpu], quota: Option<usize>) -> (Vec<usize>, St
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let rule = match (n_nodes, sizes.len()) {
         (1, 1) => {
-            "one worker with every core, since one worker answers many jobs with one pass over the weights"
+            "one worker with every usable core, since one worker answers many jobs with one pass over the weights"
                 .into()
         }
         (nodes, workers) if nodes == workers => {
@@ -164,7 +163,7 @@ fn near(pool: &Pool<'_>, fast: &[&Cpu], n: usize, name: &str, factor: f64) -> (V
 }
 
 /// `3 workers with 4 threads each`.
-fn workers_words(sizes: &[usize]) -> String {
+pub(super) fn workers_words(sizes: &[usize]) -> String {
     let threads = match (sizes.first(), sizes.last()) {
         (Some(most), Some(least)) if most != least => format!("{least} to {most} threads each"),
         (most, _) => count_each(sizes.len(), most.copied().unwrap_or(1)),

@@ -124,21 +124,38 @@ impl<'p, 'm> Words<'p, 'm> {
                 workers_of(&idxs)
             ));
         }
-        let n_placed = workers.iter().filter(|worker| !worker.memory_nodes.is_empty()).count();
-        if n_placed == workers.len() && n_placed > 0 {
-            let is_one = workers.iter().all(|worker| worker.memory_nodes.len() == 1);
-            let noun = if is_one { "node" } else { "nodes" };
-            self.reasons.push(match numa {
-                NumaPolicy::Preferred => format!("The memory of each worker prefers its {noun}."),
-                NumaPolicy::Interleave => {
-                    format!("The memory of each worker is interleaved over its {noun}.")
-                }
-                _ => format!("The memory of each worker is bound to its {noun}."),
-            });
-        } else if numa != NumaPolicy::Off && numa != NumaPolicy::Auto {
+        self.policies(workers, numa);
+    }
+
+    /// Where the memory of which workers is.
+    fn policies(&mut self, workers: &[WorkerPlacement], numa: NumaPolicy) {
+        let (placed, left): (Vec<_>, Vec<_>) =
+            (0..).zip(workers).partition(|(_, worker)| !worker.memory_nodes.is_empty());
+        let numbers = |of: &[(u32, &WorkerPlacement)]| of.iter().map(|(idx, _)| *idx).collect::<Vec<u32>>();
+        if placed.is_empty() && numa != NumaPolicy::Off && numa != NumaPolicy::Auto {
             self.warnings.push(format!(
                 "`affinity.numa = \"{}\"` has no effect: the kernel shows no memory node of the workers' CPUs.",
                 numa.name()
+            ));
+        }
+        if !placed.is_empty() {
+            let is_all = left.is_empty();
+            let whose = if is_all { "each worker".into() } else { workers_of(&numbers(&placed)) };
+            let its = if is_all || placed.len() == 1 { "its" } else { "their" };
+            let is_one = placed.iter().all(|(_, worker)| worker.memory_nodes.len() == 1);
+            let noun = if is_one { "node" } else { "nodes" };
+            self.reasons.push(match numa {
+                NumaPolicy::Preferred => format!("The memory of {whose} prefers {its} {noun}."),
+                NumaPolicy::Interleave => format!("The memory of {whose} is interleaved over {its} {noun}."),
+                _ => format!("The memory of {whose} is bound to {its} {noun}."),
+            });
+        }
+        let has_nodes =
+            self.pool.machine.nodes.iter().filter(|node| node.memory_bytes != Some(0)).count() > 1;
+        if has_nodes && !left.is_empty() && numa == NumaPolicy::Auto {
+            self.reasons.push(format!(
+                "The memory of {} is left to the kernel: it lies where it is touched first.",
+                workers_of(&numbers(&left))
             ));
         }
     }

@@ -185,7 +185,8 @@ impl MachineSpec {
 
     /// The machine as it is read from its tree.
     pub(crate) fn machine(&self) -> Machine {
-        let dir = TempDir::new().unwrap();
+        // Thousands of small files: in memory, where the system has such a place, or the disk takes most of the time.
+        let dir = TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap();
         self.write(dir.path());
         Machine::read(dir.path(), &Limits::default())
     }
