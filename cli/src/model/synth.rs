@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use bitnetd_engine::convert::synth::{SynthOptions, synth};
-use bitnetd_engine::inspect::{Architecture, ModelShape};
+use bitnetd_engine::inspect::ModelShape;
+use bitnetd_engine::model::Architecture;
 use bitnetd_proto::exit_code::ExitCode;
 use clap::{Args, ValueEnum};
 

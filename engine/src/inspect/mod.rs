@@ -5,7 +5,7 @@ mod shape;
 mod verify;
 
 pub use info::{MetadataInfo, ModelInfo, TensorInfo, TypeInfo};
-pub use shape::{Architecture, ModelShape, TensorRole, TensorSpec};
+pub use shape::{ModelShape, TensorRole, TensorSpec};
 pub use verify::{Problem, Verification, verify};
 
 /// An error and its causes in one line.

@@ -2,56 +2,8 @@
 //!
 //! What a file that exists has is read by [`crate::model`], not here.
 
-use std::fmt;
-
 use crate::gguf::{GgufWriteError, GgufWriter};
-
-/// A model graph, by the name that is written to `general.architecture`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Architecture {
-    /// `bitnet-b1.58`: sub-norms and squared ReLU (BitNet b1.58 2B-4T).
-    BitnetB158,
-    /// `bitnet-25`: an older name of the same.
-    Bitnet25,
-    /// `bitnet`: sub-norms and SiLU (the models of 1bitLLM).
-    Bitnet,
-    /// `llama`: neither; SiLU and neighbouring pairs in RoPE.
-    Llama,
-}
-
-impl Architecture {
-    /// Every architecture.
-    pub const ALL: [Self; 4] = [Self::BitnetB158, Self::Bitnet25, Self::Bitnet, Self::Llama];
-
-    /// The name in the file.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::BitnetB158 => "bitnet-b1.58",
-            Self::Bitnet25 => "bitnet-25",
-            Self::Bitnet => "bitnet",
-            Self::Llama => "llama",
-        }
-    }
-
-    /// The architecture of that name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|architecture| architecture.name() == name)
-    }
-
-    /// Whether attention output and gated feed-forward are normed once more before the last projection.
-    #[must_use]
-    pub fn has_sub_norms(self) -> bool {
-        !matches!(self, Self::Llama)
-    }
-}
-
-impl fmt::Display for Architecture {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+use crate::model::Architecture;
 
 /// The hyper-parameters, named as in the rest of the engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -111,7 +63,7 @@ impl ModelShape {
     #[must_use]
     pub fn bitnet_2b_4t() -> Self {
         Self {
-            architecture: Architecture::BitnetB158,
+            architecture: Architecture::BitNetB158,
             n_vocab: 128_256,
             n_ctx: 4096,
             n_embd: 2560,
@@ -130,7 +82,7 @@ impl ModelShape {
     #[must_use]
     pub fn tiny() -> Self {
         Self {
-            architecture: Architecture::BitnetB158,
+            architecture: Architecture::BitNetB158,
             n_vocab: 512,
             n_ctx: 256,
             n_embd: 256,

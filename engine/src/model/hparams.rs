@@ -2,72 +2,13 @@
 
 use std::fmt;
 
+use super::architecture::Architecture;
 use crate::gguf::{Gguf, GgufError};
-use crate::kernels::float::{Activation, RopeStyle};
 
 /// The most layers, heads or context a file may ask for: far above any real model, low enough that sums fit.
 const N_LAYERS_MAX: u32 = 1024;
 const WIDTH_MAX: u32 = 1 << 17;
 const N_CTX_MAX: u32 = 1 << 20;
-
-/// A model family: which graph is built.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Architecture {
-    /// `bitnet-b1.58` and `bitnet-25` (BitNet-b1.58-2B-4T): squared ReLU, sub-norms.
-    BitNetB158,
-    /// `bitnet` (1bitLLM): SiLU, sub-norms.
-    BitNet,
-    /// `llama` with ternary weights (Falcon3-1.58, Llama3-8B-1.58, TriLM): SiLU, no sub-norms.
-    Llama,
-}
-
-impl Architecture {
-    /// Every `general.architecture` that can be run.
-    pub const NAMES: [&'static str; 4] = ["bitnet-b1.58", "bitnet-25", "bitnet", "llama"];
-
-    /// The family that `general.architecture` names.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "bitnet-b1.58" | "bitnet-25" => Some(Self::BitNetB158),
-            "bitnet" => Some(Self::BitNet),
-            "llama" => Some(Self::Llama),
-            _ => None,
-        }
-    }
-
-    /// Activation between gate and up projection.
-    ///
-    /// llama.cpp and the head of bitnet.cpp build SiLU for all of them, which is wrong for 2B-4T.
-    #[must_use]
-    pub fn activation(self) -> Activation {
-        match self {
-            Self::BitNetB158 => Activation::ReluSquared,
-            Self::BitNet | Self::Llama => Activation::Silu,
-        }
-    }
-
-    /// Whether attention and feed-forward normalise before their output projections.
-    #[must_use]
-    pub fn has_sub_norms(self) -> bool {
-        !matches!(self, Self::Llama)
-    }
-
-    /// Which elements of a head are rotated together. The converter of `llama` permutes Q and K.
-    #[must_use]
-    pub fn rope_style(self) -> RopeStyle {
-        match self {
-            Self::BitNetB158 | Self::BitNet => RopeStyle::Neox,
-            Self::Llama => RopeStyle::Norm,
-        }
-    }
-
-    /// Whether the head is the embedding even if the file has an `output.weight`, as in the reference.
-    #[must_use]
-    pub fn is_always_tied(self) -> bool {
-        !matches!(self, Self::Llama)
-    }
-}
 
 /// Sizes and constants of a model. The comment gives the metadata key after the architecture's name.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,7 +45,7 @@ pub struct HyperParams {
 #[derive(Debug, thiserror::Error)]
 pub enum HyperParamsError {
     /// `general.architecture` is none that a graph exists for.
-    #[error("architecture `{found}` is not supported, expected one of {}", ListOf(&Architecture::NAMES))]
+    #[error("architecture `{found}` is not supported, expected one of {KnownNames}")]
     UnsupportedArchitecture {
         /// As in the file.
         found: String,
@@ -130,14 +71,11 @@ pub enum HyperParamsError {
     Gguf(#[from] GgufError),
 }
 
-struct ListOf<'a>(&'a [&'a str]);
+struct KnownNames;
 
-impl fmt::Display for ListOf<'_> {
+impl fmt::Display for KnownNames {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, name) in self.0.iter().enumerate() {
-            write!(f, "{}`{name}`", if i == 0 { "" } else { ", " })?;
-        }
-        Ok(())
+        f.write_str(&Architecture::ALL.map(|architecture| format!("`{architecture}`")).join(", "))
     }
 }
 

@@ -3,13 +3,15 @@
 //! Norm weights are copied out (they are small and may be unaligned); every matrix stays where it is in the
 //! file and is looked up as a slice when it is used, so that all workers read the same pages.
 
+mod architecture; // Which graph.
 mod hparams;
 mod weights;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use hparams::{Architecture, HyperParams, HyperParamsError};
+pub use architecture::Architecture;
+pub use hparams::{HyperParams, HyperParamsError};
 pub use weights::{LayerWeights, TernaryWeight, WeightsError};
 
 use crate::dense::{DenseFormat, DenseMatrix};

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use bitnetd_engine::SubmitError;
 use bitnetd_engine::convert::synth::{SynthOptions, synth};
 use bitnetd_engine::gguf::Gguf;
-use bitnetd_engine::inspect::{Architecture, ModelShape};
+use bitnetd_engine::inspect::ModelShape;
 use bitnetd_engine::mapping::Mapping;
-use bitnetd_engine::model::Model;
+use bitnetd_engine::model::{Architecture, Model};
 use bitnetd_engine::sampler::SamplingParams;
 use bitnetd_engine::sequence::FinishReason;
 

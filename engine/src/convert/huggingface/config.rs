@@ -5,7 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::{HuggingFaceError, read_json};
-use crate::inspect::{Architecture, ModelShape};
+use crate::inspect::ModelShape;
+use crate::model::Architecture;
 
 /// Why a configuration cannot be converted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -161,8 +162,8 @@ fn architecture(raw: &Raw) -> Result<Architecture, ConfigError> {
     let is_bitnet = raw.quantization_config.as_ref().is_some_and(|raw| raw.quant_method == "bitnet");
     let unexpected = |expected| Err(ConfigError::Activation { found: raw.hidden_act.clone(), expected });
     match (raw.model_type.as_str(), raw.hidden_act.as_str()) {
-        ("bitnet", "relu2") => Ok(Architecture::BitnetB158),
-        ("bitnet", "silu") => Ok(Architecture::Bitnet),
+        ("bitnet", "relu2") => Ok(Architecture::BitNetB158),
+        ("bitnet", "silu") => Ok(Architecture::BitNet),
         ("bitnet", _) => unexpected("`relu2` or `silu`"),
         ("llama", "silu") if is_bitnet => Ok(Architecture::Llama),
         ("llama", _) if is_bitnet => unexpected("`silu`"),

@@ -10,7 +10,8 @@ use super::{ConvertError, HuggingFaceError, HuggingFaceOptions};
 use crate::convert::output::Output;
 use crate::dense::{self, DenseError, DenseFormat};
 use crate::gguf::TensorWriter;
-use crate::inspect::{Architecture, TensorRole, TensorSpec};
+use crate::inspect::{TensorRole, TensorSpec};
+use crate::model::Architecture;
 use crate::ternary::{TernaryFormat, i2_s_trailer};
 
 /// Why a tensor cannot be converted.

@@ -12,7 +12,8 @@ use self::random::{GaussTable, Stream, TernaryTable};
 use super::output::Output;
 use super::{ConvertError, FILE_TYPE_I2_S, OnProgress, Progress};
 use crate::gguf::{GgufWriteError, GgufWriter, TensorType, TensorWriter};
-use crate::inspect::{Architecture, ModelShape, TensorRole, TensorSpec};
+use crate::inspect::{ModelShape, TensorRole, TensorSpec};
+use crate::model::Architecture;
 use crate::ternary::i2_s_trailer;
 
 pub use vocabulary::Vocabulary;
