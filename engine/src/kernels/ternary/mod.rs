@@ -25,6 +25,7 @@ mod aarch64; // Advanced SIMD, with and without `sdot`.
 mod avx2; // AVX2 and AVX-VNNI.
 #[cfg(target_arch = "x86_64")]
 mod avx512; // AVX-512 VNNI.
+mod five; // Five codes to a byte, for one token.
 mod output; // Where products go, and the last float steps.
 mod packed; // Rows of two-bit codes, as the fast paths read them.
 mod quantize; // Activations to int8.
@@ -34,6 +35,7 @@ mod scalar; // The definition of the product.
 #[cfg(test)]
 mod tests;
 
+pub use five::FiveMatrix;
 use output::{Output, TokenScale, exact_f32};
 use packed::{PackedRows, RowsJob, repack};
 pub use quantize::Norm;
@@ -53,6 +55,7 @@ pub enum Store {
 #[derive(Debug)]
 pub struct MatmulJob<'a> {
     matrix: TernaryMatrix<'a>,
+    five: Option<FiveMatrix<'a>>, // Of the same shape.
     out: Output<'a>,
 }
 
@@ -60,7 +63,20 @@ impl<'a> MatmulJob<'a> {
     /// `out` is `(n_tokens, matrix.n_rows())`.
     #[must_use]
     pub fn new(matrix: TernaryMatrix<'a>, out: &'a mut [f32], store: Store) -> Self {
-        Self { matrix, out: Output::new(out, matrix.n_rows(), store) }
+        Self { matrix, five: None, out: Output::new(out, matrix.n_rows(), store) }
+    }
+
+    /// The same weights with five codes to a byte, if they are there: read instead for one token, where
+    /// [`KernelSet::reads_five`].
+    ///
+    /// # Panics
+    /// If the shape is another one.
+    #[must_use]
+    pub fn with_five(mut self, five: Option<FiveMatrix<'a>>) -> Self {
+        let shape = (self.matrix.n_rows(), self.matrix.n_cols());
+        assert!(five.is_none_or(|five| (five.n_rows(), five.n_cols()) == shape), "{five:?} for {shape:?}");
+        self.five = five;
+        self
     }
 }
 
@@ -79,6 +95,10 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// Chunks per thread, at least, so that a thread that was held up leaves work to the others.
 const CHUNKS_PER_THREAD: usize = 4;
 
+/// Rows of a gate, and of what it gates, in a chunk of work.
+#[cfg(target_arch = "x86_64")]
+const GATED_ROWS: usize = 64;
+
 impl KernelSet {
     /// Multiplies every job's matrix with all rows of `acts`, in one fork and join.
     ///
@@ -87,7 +107,7 @@ impl KernelSet {
     pub fn ternary_matmul(self, pool: &ThreadPool, acts: &QuantizedRows, jobs: &mut [MatmulJob<'_>]) {
         let mut n_rows = 0;
         let mut row_bytes = 1;
-        for MatmulJob { matrix, out } in &*jobs {
+        for MatmulJob { matrix, out, .. } in &*jobs {
             assert_eq!(matrix.n_cols(), acts.n_cols(), "columns of {matrix:?} and of {acts:?}");
             assert_eq!(out.len(), acts.n_rows() * matrix.n_rows(), "output of {matrix:?} times {acts:?}");
             n_rows += matrix.n_rows();
@@ -115,6 +135,42 @@ impl KernelSet {
         });
     }
 
+    /// Whether one token is multiplied with five codes to a byte where they are there.
+    #[must_use]
+    pub fn reads_five(self) -> bool {
+        self.has_vbmi
+    }
+
+    /// Multiplies a gate and what it gates (`relu(gate)^2 * up`) with all rows of `acts`. Where the gate is not above
+    /// zero, `up` may be 0 instead of what it is.
+    ///
+    /// # Panics
+    /// As [`Self::ternary_matmul`], and if the two are not of one shape.
+    pub fn ternary_gated(
+        self,
+        pool: &ThreadPool,
+        acts: &QuantizedRows,
+        gate: MatmulJob<'_>,
+        up: MatmulJob<'_>,
+    ) {
+        assert_eq!(gate.matrix.n_rows(), up.matrix.n_rows(), "rows of {gate:?} and {up:?}");
+        #[cfg(target_arch = "x86_64")]
+        if let (1, true, Some(gate_five), Some(up_five)) = (acts.n_rows(), self.has_vbmi, gate.five, up.five)
+        {
+            for job in [&gate, &up] {
+                assert_eq!(job.matrix.n_cols(), acts.n_cols(), "columns of {job:?} and of {acts:?}");
+                assert!(job.out.len() == job.matrix.n_rows() && job.out.is_set(), "output of {job:?}");
+            }
+            let n_rows = gate.matrix.n_rows();
+            let jobs = [(&gate, gate_five), (&up, up_five)];
+            return pool.for_each_chunk(n_rows, GATED_ROWS, &|_, rows| {
+                // SAFETY: `has_vbmi` only if `for_isa` saw AVX-512 F, BW, VL, VNNI and VBMI on this CPU.
+                unsafe { avx512::five::gemv_gated(jobs, acts, rows) };
+            });
+        }
+        self.ternary_matmul(pool, acts, &mut [gate, up]);
+    }
+
     /// Multiplies some rows of a matrix. Only one thread may have these rows.
     fn matmul_rows(
         self,
@@ -126,7 +182,15 @@ impl KernelSet {
         if self.isa == Isa::Scalar {
             return scalar::matmul_rows(job, acts, rows, scratch);
         }
-        let MatmulJob { matrix, out } = job;
+        let MatmulJob { matrix, five, out } = job;
+        #[cfg(target_arch = "x86_64")]
+        if acts.n_rows() == 1
+            && self.has_vbmi
+            && let Some(five) = five
+        {
+            // SAFETY: `has_vbmi` only if `for_isa` saw AVX-512 F, BW, VL, VNNI and VBMI on this CPU.
+            return unsafe { avx512::five::gemv(job, *five, acts, rows) };
+        }
         if matrix.format() != TernaryFormat::Tq1_0 {
             let packed = PackedRows::of(matrix, rows.clone());
             let job = RowsJob { rows: packed, first_row: rows.start, matrix, out };

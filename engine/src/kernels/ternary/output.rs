@@ -39,6 +39,11 @@ impl<'a> Output<'a> {
         self.len
     }
 
+    /// Whether what is there is overwritten.
+    pub(super) fn is_set(&self) -> bool {
+        self.store == Store::Set
+    }
+
     /// The places of matrix rows `rows` in the line of token `token`.
     ///
     /// # Safety

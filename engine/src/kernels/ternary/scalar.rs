@@ -14,7 +14,7 @@ pub(super) fn matmul_rows(
     rows: Range<usize>,
     scratch: &mut Scratch,
 ) {
-    let MatmulJob { matrix, out } = job;
+    let MatmulJob { matrix, out, .. } = job;
     let Scratch { weights, scales, codes, .. } = scratch;
     weights.resize(acts.n_cols(), 0);
     scales.resize(acts.n_cols() / matrix.format().block_cols(), 0.0);

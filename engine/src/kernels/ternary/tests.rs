@@ -119,6 +119,39 @@ fn check(case: &Case) {
         assert_same(&first, &expected, &context);
         assert_same(&second, &expected, &context);
     }
+    if case.format == TernaryFormat::I2S {
+        check_five(case, &pool, matrix, &acts, (&before, &expected));
+    }
+}
+
+/// The same from five codes to a byte; and with a gate, without the rows whose gate is not above zero.
+fn check_five(
+    case: &Case,
+    pool: &ThreadPool,
+    matrix: TernaryMatrix<'_>,
+    acts: &QuantizedRows,
+    (before, expected): (&[f32], &[f32]),
+) {
+    let mut packed = vec![0xff; case.n_rows * FiveMatrix::row_bytes_of(case.n_cols)];
+    assert!(FiveMatrix::pack_rows(&matrix, 0..case.n_rows, &mut packed));
+    let five = FiveMatrix::new(&packed, case.n_rows, case.n_cols);
+    for kernels in KernelSet::all_present() {
+        let context = format!("five codes to a byte, {} {case:?}", kernels.isa());
+        let mut out = before.to_vec();
+        let job = MatmulJob::new(matrix, &mut out, case.store).with_five(five);
+        kernels.ternary_matmul(pool, acts, &mut [job]);
+        assert_same(&out, expected, &context);
+        if case.store == Store::Add {
+            continue;
+        }
+        let (mut gate, mut up) = (before.to_vec(), before.to_vec());
+        let job = |out| MatmulJob::new(matrix, out, Store::Set).with_five(five);
+        kernels.ternary_gated(pool, acts, job(&mut gate), job(&mut up));
+        assert_same(&gate, expected, &context);
+        for (up, expected) in up.iter().zip(expected) {
+            assert!(up == expected || (*expected <= 0.0 && *up == 0.0), "{context}: {up} for {expected}");
+        }
+    }
 }
 
 proptest! {

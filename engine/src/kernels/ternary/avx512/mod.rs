@@ -17,6 +17,7 @@ use super::packed::{PackedRows, RowsJob};
 use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
 use super::{QuantizedRows, Store, TILE_ROWS, TokenScale};
 
+pub(super) mod five; // One token, five codes to a byte.
 mod panel; // Many tokens: 32 rows unpacked and transposed.
 
 /// Up to so many tokens no panel is made.
