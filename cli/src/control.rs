@@ -6,6 +6,7 @@ use std::time::Duration;
 use bitnetd_proto::error::ErrorCode;
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::status::{Health, JournalReport, SlotReport, StatusReport};
+use bitnetd_proto::worker_link::ImageState;
 use clap::Args;
 
 use crate::answer::json_line;
@@ -129,6 +130,9 @@ fn table(report: &StatusReport) -> String {
             ),
         );
     }
+    if let Some(image) = image_words(&report.slots) {
+        line("image", image);
+    }
     line(
         "jobs",
         format!(
@@ -167,6 +171,23 @@ fn table(report: &StatusReport) -> String {
     lines.push('\n');
     lines.push_str(&slot_table(&report.slots));
     lines
+}
+
+/// What decoding reads instead of the model file, and who has made it.
+fn image_words(slots: &[SlotReport]) -> Option<String> {
+    let bytes = slots.iter().map(|slot| slot.load.image_bytes).max()?;
+    let who = |state| slots.iter().filter(move |slot| slot.pid.is_some() && slot.load.image == state);
+    let n_users = who(ImageState::Made).chain(who(ImageState::Mapped)).count();
+    let size = format!("{:.1} MB", mega(bytes));
+    if let Some(maker) = who(ImageState::Making).next() {
+        return Some(format!("{size}, being made by worker {}", maker.slot));
+    }
+    if n_users == 0 {
+        return who(ImageState::Waiting).next().map(|_| format!("{size}, not made yet"));
+    }
+    let maker = who(ImageState::Made).next();
+    let maker = maker.map_or_else(|| "an earlier worker".into(), |maker| format!("worker {}", maker.slot));
+    Some(format!("{size}, made by {maker}, in use by {n_users} of {}", slots.len()))
 }
 
 fn slot_table(slots: &[SlotReport]) -> String {
@@ -227,31 +248,8 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn the_table_for_people() {
-        let slot = SlotReport {
-            slot: 0,
-            state: "ready".into(),
-            pid: Some(4243),
-            cpus: "0-3".into(),
-            memory_nodes: String::new(),
-            restarts: 0,
-            jobs: 2,
-            load: WorkerLoad { decode_tokens: 512, ..WorkerLoad::default() },
-            confinement: Some(Confinement { landlock: 7, seccomp: true }),
-            last_exit: None,
-        };
-        let broken = SlotReport {
-            slot: 1,
-            state: "backoff".into(),
-            pid: None,
-            cpus: "4-7".into(),
-            memory_nodes: "1".into(),
-            restarts: 12,
-            last_exit: Some("killed by signal 9".into()),
-            ..slot.clone()
-        };
-        let model = ModelSummary {
+    fn story() -> ModelSummary {
+        ModelSummary {
             name: "story".into(),
             architecture: "bitnet-b1.58".into(),
             n_params: 7_350_000,
@@ -267,13 +265,44 @@ mod tests {
             step_bytes: 1,
             token_macs: 1,
             head_macs: 1,
+        }
+    }
+
+    #[test]
+    fn the_table_for_people() {
+        let slot = SlotReport {
+            slot: 0,
+            state: "ready".into(),
+            pid: Some(4243),
+            cpus: "0-3".into(),
+            memory_nodes: String::new(),
+            restarts: 0,
+            jobs: 2,
+            load: WorkerLoad {
+                decode_tokens: 512,
+                image: ImageState::Made,
+                image_bytes: 450_000_000,
+                ..WorkerLoad::default()
+            },
+            confinement: Some(Confinement { landlock: 7, seccomp: true }),
+            last_exit: None,
+        };
+        let broken = SlotReport {
+            slot: 1,
+            state: "backoff".into(),
+            pid: None,
+            cpus: "4-7".into(),
+            memory_nodes: "1".into(),
+            restarts: 12,
+            last_exit: Some("killed by signal 9".into()),
+            ..slot.clone()
         };
         let report = StatusReport {
             server: "bitnetd/0.1.0".into(),
             pid: 4242,
             uptime_s: 3671.0,
             health: Health::Ready,
-            model: Some(model),
+            model: Some(story()),
             queued: 3,
             queue_max: 512,
             totals: Totals {
@@ -290,6 +319,7 @@ mod tests {
         insta::assert_snapshot!(table(&report), @r#"
         health   ready, up 1h 1m, pid 4242, bitnetd/0.1.0
         model    story (bitnet-b1.58, 7.3M parameters, 4.2 MB, context 256, avx2)
+        image    450.0 MB, made by worker 0, in use by 1 of 2
         jobs     3 waiting of 512, 17 completed, 0 failed, 0 cancelled, 0 refused
         confined landlock 7 and seccomp
         repairs  12 restarts, 1 jobs moved

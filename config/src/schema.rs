@@ -62,7 +62,7 @@ pub const KEYS: &[Key] = &[
     key(
         "model",
         "head",
-        "Output head: \"file\" (as it is), \"fast\" (a four-bit image finds the tokens worth computing), \"auto\" (today: file).\nIt is made once and shared by all workers.",
+        "What decoding reads: \"file\" (the weights as they are), \"fast\" (an image of the ternary weights and of the output\nhead in fewer bytes, made once and shared by all workers; every token stays the same), \"auto\" (fast for models\nof 64 MiB and more).",
     ),
     key(
         "split",
@@ -111,7 +111,11 @@ pub const KEYS: &[Key] = &[
         "wait",
         "How a compute thread waits for work: \"spin\" (fastest, burns its CPU), \"hybrid\" (spins shortly, then sleeps),\n\"park\" (sleeps at once).",
     ),
-    key("engine", "huge_pages", "Huge pages for weights and KV cache: \"auto\", \"on\", \"off\"."),
+    key(
+        "engine",
+        "huge_pages",
+        "Huge pages for the fast image of the weights: \"auto\" (if there are any), \"on\" (a warning if not), \"off\".",
+    ),
     key(
         "engine",
         "nice",

@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::fast_image::FastImage;
 use crate::forward::{Forward, ForwardLimits, PassCost, Row};
-use crate::head::HeadImage;
 use crate::kernels::KernelSet;
 use crate::kv::{KvCache, KvShape, PagePool, pages_for};
 use crate::model::Model;
@@ -38,8 +38,6 @@ pub struct EngineOptions {
     pub thread_name: String,
     /// Which kernels.
     pub kernels: KernelSet,
-    /// A fast head of the model; `None` takes the head in the file.
-    pub fast_head: Option<HeadImage>,
     /// Context window; `None` takes the model's.
     pub n_ctx: Option<usize>,
     /// Sequences worked on together.
@@ -192,7 +190,7 @@ impl Engine {
             n_ctx,
         };
         Ok(Self {
-            forward: Forward::new(model, options.kernels, pool, options.fast_head, limits),
+            forward: Forward::new(model, options.kernels, pool, limits),
             tokenizer: Arc::new(tokenizer),
             kv,
             pages: PagePool::new(n_pages),
@@ -233,6 +231,24 @@ impl Engine {
     #[must_use]
     pub fn cost(&self) -> PassCost {
         self.forward.cost()
+    }
+
+    /// The threads that compute.
+    #[must_use]
+    pub fn pool(&self) -> &ThreadPool {
+        self.forward.pool()
+    }
+
+    /// From now on reads `image`, which is one of this model, where it gives the same as the file. Nothing that is
+    /// generated changes, also not in the middle of an answer.
+    pub fn adopt(&mut self, image: FastImage) {
+        self.forward.adopt(image);
+    }
+
+    /// What is read instead of the file.
+    #[must_use]
+    pub fn fast_image(&self) -> Option<&FastImage> {
+        self.forward.fast_image()
     }
 
     /// Context window in tokens.
@@ -479,6 +495,7 @@ fn fill_rows<'a>(mut rows: Vec<Row<'a>>, running: &'a [Sequence], all_taken: &[T
                 position: u32::try_from(position).unwrap_or(u32::MAX),
                 pages: &sequence.pages,
                 wants_logits: taken.is_complete && position + 1 >= sequence.history.len(),
+                wanted: sequence.wanted(position + 1),
             });
         }
     }

@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use crate::head::HeadImage;
+use crate::fast_image::{FastImage, FiveLayer};
+use crate::head::Wanted;
 use crate::kernels::KernelSet;
 use crate::kernels::float::{Activation, AttentionRow, AttentionScratch, AttentionShape, RopeTable};
 use crate::kernels::head::FastHeadScratch;
@@ -25,6 +26,8 @@ pub struct Row<'a> {
     pub pages: &'a [u32],
     /// Whether the logits after this token are wanted.
     pub wants_logits: bool,
+    /// Which of them: all, or those that can decide. Others are minus infinity then.
+    pub wanted: Option<Wanted<'a>>,
 }
 
 /// Everything a forward pass needs besides the rows; allocated once.
@@ -34,8 +37,16 @@ pub struct Forward {
     kernels: KernelSet,
     pool: ThreadPool,
     rope: RopeTable,
-    fast_head: Option<(HeadImage, FastHeadScratch)>,
+    fast: Option<Fast>,
+    n_logits_max: usize,
     state: RunState,
+}
+
+/// What is read instead of the file where it gives the same.
+#[derive(Debug)]
+struct Fast {
+    image: FastImage,
+    head_scratch: Option<FastHeadScratch>, // If the image has the screen of the head.
 }
 
 /// Buffers of one pass, for up to `n_rows_max` rows.
@@ -83,22 +94,27 @@ pub struct PassCost {
 
 impl Forward {
     /// Allocates for `limits`. The pool's thread 0 is the one that will call [`Forward::run`].
-    ///
-    /// With a `fast_head`, which must be one for this model, logits come from it; else from the head in the file.
     #[must_use]
-    pub fn new(
-        model: Arc<Model>,
-        kernels: KernelSet,
-        pool: ThreadPool,
-        fast_head: Option<HeadImage>,
-        limits: ForwardLimits,
-    ) -> Self {
+    pub fn new(model: Arc<Model>, kernels: KernelSet, pool: ThreadPool, limits: ForwardLimits) -> Self {
         let hparams = model.hparams();
         let rope = RopeTable::new(limits.n_ctx, hparams.head_dim, hparams.rope_base, model.rope_freqs());
         let state = RunState::new(hparams, &limits, pool.n_threads());
-        let scratch = || FastHeadScratch::new(limits.n_logits_max, hparams.n_vocab, hparams.n_embd);
-        let fast_head = fast_head.map(|image| (image, scratch()));
-        Self { model, kernels, pool, rope, fast_head, state }
+        Self { model, kernels, pool, rope, fast: None, n_logits_max: limits.n_logits_max, state }
+    }
+
+    /// From now on reads `image`, which is one of this model, where it gives the same as the file.
+    pub fn adopt(&mut self, image: FastImage) {
+        let (hparams, n_threads) = (self.model.hparams(), self.pool.n_threads());
+        let scratch = FastHeadScratch::new;
+        let head_scratch =
+            image.head().map(|_| scratch(self.n_logits_max, hparams.n_vocab, hparams.n_embd, n_threads));
+        self.fast = Some(Fast { image, head_scratch });
+    }
+
+    /// What is read instead of the file.
+    #[must_use]
+    pub fn fast_image(&self) -> Option<&FastImage> {
+        self.fast.as_ref().map(|fast| &fast.image)
     }
 
     /// The model that is run.
@@ -127,17 +143,19 @@ impl Forward {
             [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down]
         });
         let matrices = matrices.map(|weight| self.model.ternary(weight));
-        let (mut bytes, mut row_macs) = (0, 0);
+        let (mut file_bytes, mut row_macs) = (0, 0);
         for matrix in matrices {
-            bytes += (matrix.n_rows() * matrix.row_bytes()) as u64;
+            file_bytes += (matrix.n_rows() * matrix.row_bytes()) as u64;
             row_macs += matrix.n_rows() as u64 * matrix.n_cols() as u64;
         }
+        let image = self.fast_image();
+        let five_bytes = image.and_then(FastImage::ternary_bytes).filter(|_| self.kernels.reads_five());
+        let bytes = five_bytes.map_or(file_bytes, |n_bytes| n_bytes as u64);
         let head = self.model.output();
-        let whole_head = head.n_rows() * head.row_bytes();
-        let head_bytes = match &self.fast_head {
-            None => whole_head,
-            // The rows that are computed exactly are at least these.
-            Some((image, _)) => image.view().codes().len() + whole_head / 64,
+        let head_bytes = match image.and_then(FastImage::head) {
+            None => head.n_rows() * head.row_bytes(),
+            // The rows that are looked at more closely come on top.
+            Some(screen) => screen.half(0).len(),
         };
         PassCost {
             bytes: bytes + head_bytes as u64,
@@ -163,7 +181,7 @@ impl Forward {
         );
         for (index, layer) in model.layers().iter().enumerate() {
             self.attend(&model, (index, layer), rows, &visible, kv);
-            self.feed_forward(&model, layer, rows.len());
+            self.feed_forward(&model, layer, index, rows.len());
         }
         self.state.visible = emptied(visible);
         self.head(&model, rows)
@@ -189,6 +207,8 @@ impl Forward {
         kv: &mut KvCache,
     ) {
         let hparams = model.hparams();
+        let five = self.fast.as_ref().and_then(|fast| fast.image.layer(model, index));
+        let five = five.as_ref();
         let HyperParams { n_embd, n_heads, n_kv_heads, head_dim, rms_eps, .. } = *hparams;
         let style = hparams.architecture.rope_style();
         let (kernels, pool, n, s) = (self.kernels, &self.pool, rows.len(), &mut self.state);
@@ -202,9 +222,12 @@ impl Forward {
             pool,
             &s.acts,
             &mut [
-                MatmulJob::new(model.ternary(&layer.attn_q), q, Store::Set),
-                MatmulJob::new(model.ternary(&layer.attn_k), k, Store::Set),
-                MatmulJob::new(model.ternary(&layer.attn_v), v, Store::Set),
+                MatmulJob::new(model.ternary(&layer.attn_q), q, Store::Set)
+                    .with_five(five.map(|five| five.attn_q)),
+                MatmulJob::new(model.ternary(&layer.attn_k), k, Store::Set)
+                    .with_five(five.map(|five| five.attn_k)),
+                MatmulJob::new(model.ternary(&layer.attn_v), v, Store::Set)
+                    .with_five(five.map(|five| five.attn_v)),
             ],
         );
         kernels.rope_rows(pool, q, n_heads, &self.rope, &s.positions, style);
@@ -218,12 +241,14 @@ impl Forward {
         let sub_norm = layer.attn_sub_norm.as_deref().map(|weight| (weight, rms_eps));
         s.acts.reset(n, hparams.q_width());
         kernels.norm_quantize(pool, attn, sub_norm, &mut s.acts);
-        let weights = model.ternary(&layer.attn_output);
-        kernels.ternary_matmul(pool, &s.acts, &mut [MatmulJob::new(weights, x, Store::Add)]);
+        let job = MatmulJob::new(model.ternary(&layer.attn_output), x, Store::Add);
+        kernels.ternary_matmul(pool, &s.acts, &mut [job.with_five(five.map(|five| five.attn_output))]);
     }
 
     /// x += ffn_down · sub_norm(act(gate) · up)
-    fn feed_forward(&mut self, model: &Model, layer: &LayerWeights, n: usize) {
+    fn feed_forward(&mut self, model: &Model, layer: &LayerWeights, index: usize, n: usize) {
+        let five = self.fast.as_ref().and_then(|fast| fast.image.layer(model, index));
+        let five: Option<&FiveLayer<'_>> = five.as_ref();
         let HyperParams { n_embd, n_ff, rms_eps, architecture, .. } = *model.hparams();
         let activation: Activation = architecture.activation();
         let (kernels, pool, s) = (self.kernels, &self.pool, &mut self.state);
@@ -231,19 +256,20 @@ impl Forward {
 
         s.acts.reset(n, n_embd);
         kernels.norm_quantize(pool, x, Some((&layer.ffn_norm, rms_eps)), &mut s.acts);
-        kernels.ternary_matmul(
-            pool,
-            &s.acts,
-            &mut [
-                MatmulJob::new(model.ternary(&layer.ffn_gate), gate, Store::Set),
-                MatmulJob::new(model.ternary(&layer.ffn_up), up, Store::Set),
-            ],
-        );
+        let gate_job = MatmulJob::new(model.ternary(&layer.ffn_gate), gate, Store::Set)
+            .with_five(five.map(|five| five.ffn_gate));
+        let up_job = MatmulJob::new(model.ternary(&layer.ffn_up), up, Store::Set)
+            .with_five(five.map(|five| five.ffn_up));
+        match activation {
+            // What a gate of zero lets through need not be known.
+            Activation::ReluSquared => kernels.ternary_gated(pool, &s.acts, gate_job, up_job),
+            Activation::Silu => kernels.ternary_matmul(pool, &s.acts, &mut [gate_job, up_job]),
+        }
         let sub_norm = layer.ffn_sub_norm.as_deref().map(|weight| (weight, rms_eps));
         s.acts.reset(n, n_ff);
         kernels.glu_norm_quantize(pool, activation, [&*gate, &*up], sub_norm, &mut s.acts);
-        let weights = model.ternary(&layer.ffn_down);
-        kernels.ternary_matmul(pool, &s.acts, &mut [MatmulJob::new(weights, x, Store::Add)]);
+        let job = MatmulJob::new(model.ternary(&layer.ffn_down), x, Store::Add);
+        kernels.ternary_matmul(pool, &s.acts, &mut [job.with_five(five.map(|five| five.ffn_down))]);
     }
 
     /// logits = output · rmsnorm(x), for the rows that want them
@@ -262,11 +288,25 @@ impl Forward {
             let (last, normed) = (&s.last[..n * n_embd], &mut s.normed[..n * n_embd]);
             self.kernels.rms_norm_rows(&self.pool, last, model.output_norm(), rms_eps, normed);
             let exact = model.output();
-            match &mut self.fast_head {
-                None => self.kernels.dense_matmul(&self.pool, &exact, normed, logits),
-                Some((image, scratch)) => {
-                    self.kernels.fast_head(&self.pool, (&image.view(), &exact), normed, scratch, logits);
+            let fast = self.fast.as_mut().and_then(|fast| fast.image.head().zip(fast.head_scratch.as_mut()));
+            let Some((head, scratch)) = fast else {
+                self.kernels.dense_matmul(&self.pool, &exact, normed, logits);
+                return logits;
+            };
+            let wanted = rows.iter().filter(|row| row.wants_logits).map(|row| row.wanted);
+            // Neighbours that want the same kind go together.
+            let wanted: Vec<Option<Wanted<'_>>> = wanted.collect();
+            let mut done = 0;
+            for same in wanted.chunk_by(|a, b| a.is_some() == b.is_some()) {
+                let normed = &normed[done * n_embd..][..same.len() * n_embd];
+                let logits = &mut logits[done * n_vocab..][..same.len() * n_vocab];
+                let some: Vec<Wanted<'_>> = same.iter().copied().flatten().collect();
+                if some.is_empty() {
+                    self.kernels.dense_matmul(&self.pool, &exact, normed, logits);
+                } else {
+                    self.kernels.fast_head(&self.pool, (&head, &exact), (normed, &some), scratch, logits);
                 }
+                done += same.len();
             }
         }
         logits

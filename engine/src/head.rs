@@ -1,37 +1,36 @@
-//! The fast head: a four-bit image of the output matrix that finds the tokens worth computing exactly.
+//! The screen of the output head: a four-bit image that finds the tokens worth computing exactly.
 //!
-//! The output head is the largest matrix that a decoded token reads. Its image here is a quarter of the size of
-//! F16. A product with it gives every logit approximately; the rows that matter are then computed from
-//! the original matrix, to the bit what [`KernelSet::dense_matmul`] gives ([`KernelSet::fast_head`]).
+//! The output head is the largest matrix that a decoded token reads. Its image here comes in two halves of two bits a
+//! weight. The first half of every row is read and gives its logit within bounds; rows that could still matter are
+//! looked at more closely with the second half, and what is left is computed from the original matrix, to the
+//! bit what [`KernelSet::dense_matmul`](crate::kernels::KernelSet::dense_matmul) gives
+//! ([`KernelSet::fast_head`](crate::kernels::KernelSet::fast_head)).
 //!
 //! Rows are rotated before they are rounded: fixed random signs, then Hadamard transforms of `rotation_len`
 //! columns. Inputs are rotated likewise, which leaves exact products as they are. After it, values of a row are
 //! close to normal whatever they were (no outlier columns), so that one scale per row is nearly as good as many,
 //! and the error of a logit is close to normal with standard deviation `|row error| * |x| / sqrt(n)`. That is
-//! what the choice of rows rests on; the per-row factor is stored.
+//! what the choice of rows rests on; the per-row factors are stored.
 //!
-//! Image: a 64-byte header, `n_rows` scales (f32), `n_rows` error factors (f32), zeros up to a multiple of 64,
-//! `n_rows` rows of codes. In each 64 bytes of a row, low nibbles are columns 0..64 of 128 and high nibbles
-//! 64..128; a code c stands for `(2 c - 15) * scale`. Little endian.
+//! Image: four arrays of `n_rows` f32 (scale and error factor with the first half, then with both), then the first
+//! halves of all rows, then the second halves; each array starts at a multiple of 64 bytes. A code c of 0 to 15 stands
+//! for `2 c - 15` steps; the first half is `c / 4`, the second `c % 4`. In each 64 bytes of a half, bits `2 k` and
+//! `2 k + 1` of byte p are column `64 k + p` of 256. Little endian.
 
-use std::sync::Mutex;
+use std::ops::{Range, RangeInclusive};
 
 use crate::dense::DenseMatrix;
-use crate::kernels::KernelSet;
-use crate::mapping::Mapping;
-use crate::pool::ThreadPool;
+use crate::noise::{NOISE_LANES, Noise};
 
-const MAGIC: [u8; 8] = *b"bndhead1";
-const HEADER_BYTES: usize = 64;
+/// Columns of heads that have a screen. Errors of rows of a few columns are not close to normal after the rotation either; and
+/// beyond 2^19 columns a sum of codes times int8 could leave an i32.
+const COLS: RangeInclusive<usize> = 64..=1 << 19;
 
-/// Why bytes are no fast head, or a matrix can have none.
+/// Why there is no screen of a head.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FastHeadError {
-    /// The bytes do not start as an image does.
-    #[error("not a fast head of this version")]
-    Header,
-    /// The length is not that of the shape in the header, or given.
-    #[error("a fast head of {n_rows} x {n_cols} takes {expected} bytes, found {found}")]
+    /// The length is not that of the shape.
+    #[error("the screen of a head of {n_rows} x {n_cols} takes {expected} bytes, found {found}")]
     Length {
         /// Rows.
         n_rows: usize,
@@ -42,8 +41,8 @@ pub enum FastHeadError {
         /// Bytes found.
         found: usize,
     },
-    /// The shape is empty or too large for exact integer sums.
-    #[error("no fast head for {n_rows} x {n_cols}")]
+    /// The shape is empty, too large for exact integer sums, or of too few columns for errors that are close to normal.
+    #[error("no screen for a head of {n_rows} x {n_cols}")]
     Shape {
         /// Rows.
         n_rows: usize,
@@ -63,9 +62,8 @@ pub enum FastHeadError {
 pub struct FastHead<'a> {
     n_rows: usize,
     n_cols: usize,
-    scales: &'a [[u8; 4]], // (n_rows): f32
-    errors: &'a [[u8; 4]], // (n_rows): f32
-    codes: &'a [u8],       // (n_rows, padded_len / 2)
+    factors: [&'a [[u8; 4]]; 4], // (n_rows) each: f32
+    halves: [&'a [u8]; 2],       // (n_rows, padded_len / 4) each
 }
 
 impl std::fmt::Debug for FastHead<'_> {
@@ -75,27 +73,34 @@ impl std::fmt::Debug for FastHead<'_> {
 }
 
 /// Where the parts of an image lie.
-struct Layout {
-    scales: usize,
-    errors: usize,
-    codes: usize,
-    n_bytes: usize,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HeadLayout {
+    pub(crate) n_rows: usize,
+    pub(crate) n_cols: usize,
+    /// Scales and errors of the first half, and of both.
+    pub(crate) factors: [usize; 4],
+    pub(crate) halves: [usize; 2],
+    pub(crate) row_bytes: usize, // Of a half.
+    pub(crate) n_bytes: usize,
 }
 
-impl Layout {
-    fn new(n_rows: usize, n_cols: usize) -> Result<Self, FastHeadError> {
-        // Beyond 2^19 columns a sum of codes times int8 could leave an i32.
-        let is_fine = n_rows > 0 && n_cols > 0 && n_cols <= 1 << 19 && u32::try_from(n_rows).is_ok();
-        if !is_fine {
-            return Err(FastHeadError::Shape { n_rows, n_cols });
-        }
+impl HeadLayout {
+    pub(crate) fn new(n_rows: usize, n_cols: usize) -> Result<Self, FastHeadError> {
+        let is_fine = n_rows > 0 && COLS.contains(&n_cols) && u32::try_from(n_rows).is_ok();
+        let row_bytes = padded_len(n_cols) / 4;
         let layout = || {
-            let errors = n_rows.checked_mul(4)?.checked_add(HEADER_BYTES)?;
-            let codes = n_rows.checked_mul(4)?.checked_add(errors)?.checked_next_multiple_of(64)?;
-            let n_bytes = n_rows.checked_mul(padded_len(n_cols) / 2)?.checked_add(codes)?;
-            Some(Self { scales: HEADER_BYTES, errors, codes, n_bytes })
+            let array = n_rows.checked_mul(4)?.checked_next_multiple_of(64)?;
+            let half = n_rows.checked_mul(row_bytes)?;
+            let codes = array.checked_mul(4)?;
+            let n_bytes = half.checked_mul(2)?.checked_add(codes)?;
+            let factors = std::array::from_fn(|i| i * array);
+            Some(Self { n_rows, n_cols, factors, halves: [codes, codes + half], row_bytes, n_bytes })
         };
-        layout().ok_or(FastHeadError::Shape { n_rows, n_cols })
+        is_fine.then(layout).flatten().ok_or(FastHeadError::Shape { n_rows, n_cols })
+    }
+
+    fn factors(&self, i: usize) -> Range<usize> {
+        self.factors[i]..self.factors[i] + self.n_rows * 4
     }
 }
 
@@ -105,104 +110,39 @@ impl<'a> FastHead<'a> {
     /// # Errors
     /// If `w` is empty or too large.
     pub fn n_bytes(w: &DenseMatrix<'_>) -> Result<usize, FastHeadError> {
-        Ok(Layout::new(w.n_rows(), w.n_cols())?.n_bytes)
+        Ok(HeadLayout::new(w.n_rows(), w.n_cols())?.n_bytes)
     }
 
-    /// Makes the image of `w` in `image`, which has [`Self::n_bytes`].
+    /// The image in `bytes`, without a look at every number.
     ///
     /// # Errors
-    /// If `w` is empty, too large or not finite, or `image` has another length.
-    pub fn build_into(
-        w: &DenseMatrix<'_>,
-        kernels: KernelSet,
-        pool: &ThreadPool,
-        image: &mut [u8],
-    ) -> Result<(), FastHeadError> {
-        let (n_rows, n_cols) = (w.n_rows(), w.n_cols());
-        let layout = Layout::new(n_rows, n_cols)?;
-        if image.len() != layout.n_bytes {
-            let (expected, found) = (layout.n_bytes, image.len());
+    /// If the length is not that of the shape.
+    pub fn new(bytes: &'a [u8], n_rows: usize, n_cols: usize) -> Result<Self, FastHeadError> {
+        let layout = HeadLayout::new(n_rows, n_cols)?;
+        if bytes.len() != layout.n_bytes {
+            let (expected, found) = (layout.n_bytes, bytes.len());
             return Err(FastHeadError::Length { n_rows, n_cols, expected, found });
         }
-        let padded_len = padded_len(n_cols);
-        let (head, codes) = image.split_at_mut(layout.codes);
-        // One for each thread, which alone locks it: a row, and the first row that was not finite.
-        let rows: Vec<_> = (0..pool.n_threads()).map(|_| Mutex::new((vec![0.0; padded_len], None))).collect();
-        let factors = Mutex::new(vec![[0.0f32; 2]; n_rows]);
-        pool.for_each_row_mut(codes, padded_len / 2, 16, &|thread, row, codes| {
-            let mut own = lock(&rows[thread]);
-            let (values, bad_row) = &mut *own;
-            w.dequantize_row(row, &mut values[..n_cols]);
-            values[n_cols..].fill(0.0);
-            match kernels.quantize_head_row(values, codes) {
-                Some(row_factors) => lock(&factors)[row] = row_factors,
-                None => *bad_row = Some(bad_row.map_or(row, |bad: usize| bad.min(row))),
-            }
-        });
-        if let Some(row) = rows.iter().filter_map(|own| lock(own).1).min() {
-            return Err(FastHeadError::NotFinite { row });
-        }
-        head.fill(0);
-        head[..8].copy_from_slice(&MAGIC);
-        head[8..16].copy_from_slice(&(n_rows as u64).to_le_bytes());
-        head[16..24].copy_from_slice(&(n_cols as u64).to_le_bytes());
-        for (row, [scale, error]) in lock(&factors).iter().enumerate() {
-            head[layout.scales + row * 4..][..4].copy_from_slice(&scale.to_le_bytes());
-            head[layout.errors + row * 4..][..4].copy_from_slice(&error.to_le_bytes());
-        }
-        Ok(())
-    }
-
-    /// [`Self::build_into`] a new buffer.
-    ///
-    /// # Errors
-    /// As [`Self::build_into`].
-    pub fn build(
-        w: &DenseMatrix<'_>,
-        kernels: KernelSet,
-        pool: &ThreadPool,
-    ) -> Result<Vec<u8>, FastHeadError> {
-        let mut image = vec![0; Self::n_bytes(w)?];
-        Self::build_into(w, kernels, pool, &mut image)?;
-        Ok(image)
-    }
-
-    /// The head whose image `image` is.
-    ///
-    /// # Errors
-    /// If it is not an image of this version, whole and finite.
-    pub fn from_bytes(image: &'a [u8]) -> Result<Self, FastHeadError> {
-        let head = Self::parse(image)?;
-        let is_fine = |b: &[u8; 4]| (0.0..=f32::MAX).contains(&f32::from_le_bytes(*b));
-        match (0..head.n_rows).find(|row| !is_fine(&head.scales[*row]) || !is_fine(&head.errors[*row])) {
-            Some(row) => Err(FastHeadError::NotFinite { row }),
-            None => Ok(head),
-        }
-    }
-
-    /// [`Self::from_bytes`] without the look at every number.
-    fn parse(image: &'a [u8]) -> Result<Self, FastHeadError> {
-        let header = image.get(..HEADER_BYTES).ok_or(FastHeadError::Header)?;
-        let words = header.as_chunks::<8>().0;
-        let size =
-            |i: usize| usize::try_from(u64::from_le_bytes(words[i])).map_err(|_| FastHeadError::Header);
-        if words[0] != MAGIC || header[24..].iter().any(|b| *b != 0) {
-            return Err(FastHeadError::Header);
-        }
-        let (n_rows, n_cols) = (size(1)?, size(2)?);
-        let layout = Layout::new(n_rows, n_cols)?;
-        if image.len() != layout.n_bytes {
-            let (expected, found) = (layout.n_bytes, image.len());
-            return Err(FastHeadError::Length { n_rows, n_cols, expected, found });
-        }
-        let head = Self {
+        let [first, second] = layout.halves;
+        Ok(Self {
             n_rows,
             n_cols,
-            scales: image[layout.scales..layout.errors].as_chunks().0,
-            errors: &image[layout.errors..].as_chunks().0[..n_rows],
-            codes: &image[layout.codes..],
-        };
-        Ok(head)
+            factors: std::array::from_fn(|i| bytes[layout.factors(i)].as_chunks().0),
+            halves: [&bytes[first..second], &bytes[second..]],
+        })
+    }
+
+    /// Looks at every scale and error factor.
+    ///
+    /// # Errors
+    /// The first row that has one that is not finite, or negative.
+    pub fn check(&self) -> Result<(), FastHeadError> {
+        let is_fine = |b: &[u8; 4]| (0.0..=f32::MAX).contains(&f32::from_le_bytes(*b));
+        let bad_row = |factors: &[[u8; 4]]| factors.iter().position(|factor| !is_fine(factor));
+        match self.factors.iter().filter_map(|factors| bad_row(factors)).min() {
+            Some(row) => Err(FastHeadError::NotFinite { row }),
+            None => Ok(()),
+        }
     }
 
     /// Outputs.
@@ -217,59 +157,55 @@ impl<'a> FastHead<'a> {
         self.n_cols
     }
 
-    /// What a code's odd integer `2 c - 15` is multiplied with.
-    pub(crate) fn scale(&self, row: usize) -> f32 {
-        f32::from_le_bytes(self.scales[row])
+    /// With the first half, or with both (f32 each): value of an odd step, and standard deviation of an approximate logit
+    /// divided by the norm of the input.
+    #[inline(always)]
+    pub(crate) fn factors_of(&self, has_both: bool, rows: Range<usize>) -> [&'a [[u8; 4]]; 2] {
+        let first = if has_both { 2 } else { 0 };
+        [&self.factors[first][rows.clone()], &self.factors[first + 1][rows]]
     }
 
-    /// Of each row (f32), the standard deviation of its approximate logit divided by the norm of the input.
-    pub(crate) fn errors(&self) -> &'a [[u8; 4]] {
-        self.errors
-    }
-
-    /// Codes of all rows.
-    pub(crate) fn codes(&self) -> &'a [u8] {
-        self.codes
+    /// Codes of a half of all rows.
+    #[inline(always)]
+    pub(crate) fn half(&self, i: usize) -> &'a [u8] {
+        self.halves[i]
     }
 }
 
-/// A whole image, mapped and checked once.
-#[derive(Debug)]
-pub struct HeadImage(Mapping);
+/// Which logits of an input row must be exact: those of all rows whose score can be among the best.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// How many of the best scores.
+    pub n_best: usize,
+    /// And those so far below them at most.
+    pub slack: f32,
+    /// Scores are logits divided by this temperature, plus the noise; without noise, the logits themselves.
+    pub noise: Option<(Noise, f32)>,
+    /// And these rows, whatever their scores.
+    pub rows: [&'a [u32]; 2],
+}
 
-impl HeadImage {
-    /// Checks that `image` is a fast head for `w`.
-    ///
-    /// # Errors
-    /// If it is no image, or one of another shape.
-    pub fn new(image: Mapping, w: &DenseMatrix<'_>) -> Result<Self, FastHeadError> {
-        let head = FastHead::from_bytes(&image)?;
-        if (head.n_rows, head.n_cols) == (w.n_rows(), w.n_cols()) {
-            return Ok(Self(image));
-        }
-        let expected = FastHead::n_bytes(w)?;
-        Err(FastHeadError::Length { n_rows: w.n_rows(), n_cols: w.n_cols(), expected, found: image.len() })
-    }
-
-    /// The head.
+impl Wanted<'_> {
+    /// The score of a row.
+    #[inline(always)]
     #[must_use]
-    #[expect(
-        clippy::missing_panics_doc,
-        clippy::expect_used,
-        reason = "`new` parsed the same bytes, and a mapping does not change"
-    )]
-    pub fn view(&self) -> FastHead<'_> {
-        FastHead::parse(&self.0).expect("checked when it was mapped")
+    pub fn score(&self, row: u32, logit: f32) -> f32 {
+        match self.noise {
+            Some((noise, temperature)) => logit / temperature + noise.of(row),
+            None => logit,
+        }
+    }
+
+    /// Of the rows from `first`.
+    #[inline(always)]
+    pub(crate) fn noise_of_block(&self, first: u32) -> Option<([f32; NOISE_LANES], f32)> {
+        self.noise.map(|(noise, temperature)| (noise.of_many(first), temperature))
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// Columns after padding with zeros: whole groups of 128.
+/// Columns after padding with zeros: whole groups of 256.
 pub(crate) fn padded_len(n_cols: usize) -> usize {
-    n_cols.next_multiple_of(128)
+    n_cols.next_multiple_of(256)
 }
 
 /// Columns that are rotated together: the largest power of two that divides the padded length.

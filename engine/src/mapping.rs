@@ -10,14 +10,21 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
-use std::os::fd::OwnedFd;
+use std::num::NonZeroUsize;
+use std::ops::{Deref, DerefMut, Range};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
 
-use memmap2::{Mmap, MmapMut, MmapOptions};
+use memmap2::{Mmap, MmapMut};
+use nix::libc;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// The start of every mapping is a multiple of this: one cache line, one AVX-512 register.
 pub const MAPPING_ALIGNMENT_BYTES: usize = 64;
+
+/// Memory that is mapped with huge pages, where the system has them, is so in whole multiples of this.
+pub const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Why bytes could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +63,8 @@ pub struct Mapping {
 }
 
 enum Bytes {
-    Mapped(Mmap),
+    Shared(Aligned),
+    Private(Mmap),
     Static(&'static [u8]),
 }
 
@@ -82,6 +90,14 @@ impl Mapping {
     /// The descriptor is not that of a regular file or memfd, or cannot be mapped.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, MappingError> {
         Self::map(&File::from(fd), "inherited descriptor".to_owned())
+    }
+
+    /// Maps the whole of a memfd whose size is known. The descriptor is closed; the mapping stays.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn from_memory(memory: OwnedFd, n_bytes: u64) -> Result<Self, MappingError> {
+        Self::map_bytes(&File::from(memory), "inherited memory".to_owned(), n_bytes)
     }
 
     /// Bytes that live as long as the program. They are copied only if they do not start on a boundary.
@@ -111,7 +127,7 @@ impl Mapping {
         };
         let mut copy = MmapMut::map_anon(bytes.len()).map_err(map_error)?;
         copy.copy_from_slice(bytes);
-        Ok(Self { bytes: Bytes::Mapped(copy.make_read_only().map_err(map_error)?) })
+        Ok(Self { bytes: Bytes::Private(copy.make_read_only().map_err(map_error)?) })
     }
 
     fn map(file: &File, name: String) -> Result<Self, MappingError> {
@@ -122,15 +138,135 @@ impl Mapping {
         if !metadata.is_file() {
             return Err(MappingError::NotAFile { name });
         }
-        if metadata.len() == 0 {
+        Self::map_bytes(file, name, metadata.len())
+    }
+
+    fn map_bytes(file: &File, name: String, n_bytes: u64) -> Result<Self, MappingError> {
+        if n_bytes == 0 {
             return Ok(Self { bytes: Bytes::Static(&[]) });
         }
-        // SAFETY: the mapping is read-only and this type hands out shared slices only. That the file does not
-        // change while it is mapped is asked of its owner (see the module's comment).
-        match unsafe { MmapOptions::new().map(file) } {
-            Ok(mapped) => Ok(Self { bytes: Bytes::Mapped(mapped) }),
-            Err(source) => Err(MappingError::Map { name, n_bytes: metadata.len(), source }),
+        let length = usize::try_from(n_bytes).unwrap_or(usize::MAX);
+        match Aligned::map(file, length, ProtFlags::PROT_READ) {
+            Ok(mapped) => Ok(Self { bytes: Bytes::Shared(mapped) }),
+            Err(source) => Err(MappingError::Map { name, n_bytes, source }),
         }
+    }
+}
+
+/// Memory that this process shares with others and writes: a memfd, from its start.
+pub struct MappingMut {
+    mapped: Aligned,
+}
+
+impl MappingMut {
+    /// Maps the first `n_bytes` of `memory`, which has as many.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn new(memory: impl AsFd, n_bytes: usize) -> Result<Self, MappingError> {
+        let map = Aligned::map(memory, n_bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
+        let error = |source| MappingError::Map {
+            name: "memory to share".to_owned(),
+            n_bytes: n_bytes as u64,
+            source,
+        };
+        Ok(Self { mapped: map.map_err(error)? })
+    }
+
+    /// Asks for huge pages under the whole ones of `range`, whose content stays. False if the system has none to give.
+    ///
+    /// # Panics
+    /// If `range` is not inside.
+    #[must_use]
+    pub fn collapse(&mut self, range: Range<usize>) -> bool {
+        let range =
+            range.start.next_multiple_of(HUGE_PAGE_BYTES)..range.end / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        if range.is_empty() {
+            return true;
+        }
+        // A page that was never touched cannot be collapsed.
+        self[range.clone()].chunks_mut(HUGE_PAGE_BYTES).for_each(|page| {
+            let first = std::hint::black_box(page[0]);
+            page[0] = std::hint::black_box(first);
+        });
+        let bytes = &mut self[range];
+        // SAFETY: the range is mapped and borrowed by this call alone; the advice moves pages and changes no byte.
+        let result = unsafe { libc::madvise(bytes.as_mut_ptr().cast(), bytes.len(), libc::MADV_COLLAPSE) };
+        result == 0
+    }
+}
+
+impl Deref for MappingMut {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.mapped.bytes()
+    }
+}
+
+impl DerefMut for MappingMut {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let Aligned { start, n_bytes, .. } = self.mapped;
+        // SAFETY: mapped for writing and owned (`new`); that no other process writes meanwhile is what its lock is for.
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), n_bytes) }
+    }
+}
+
+impl fmt::Debug for MappingMut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MappingMut({} bytes)", self.len())
+    }
+}
+
+/// A shared mapping of a file that starts at a multiple of [`HUGE_PAGE_BYTES`], without which the hardware cannot
+/// use huge pages.
+struct Aligned {
+    start: NonNull<u8>,
+    n_bytes: usize,
+    reserved: NonNull<libc::c_void>, // Address space around it.
+    n_reserved: NonZeroUsize,
+}
+
+// SAFETY: it owns its mapping, which is bound to no thread; bytes are handed out by the rules of borrowing.
+unsafe impl Send for Aligned {}
+// SAFETY: as above.
+unsafe impl Sync for Aligned {}
+
+impl Aligned {
+    fn map(file: impl AsFd, n_bytes: usize, protection: ProtFlags) -> io::Result<Self> {
+        let too_large = || io::Error::from(io::ErrorKind::OutOfMemory);
+        let length = NonZeroUsize::new(n_bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        // Room to shift the start by up to a huge page. It costs addresses, no memory.
+        let n_reserved = length.checked_add(HUGE_PAGE_BYTES).ok_or_else(too_large)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address that the system chooses.
+        let reserved = unsafe { mmap_anonymous(None, n_reserved, ProtFlags::PROT_NONE, flags)? };
+        let address = reserved.addr().checked_add(HUGE_PAGE_BYTES - 1).ok_or_else(too_large)?;
+        let address = NonZeroUsize::new(address.get() / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES);
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        // SAFETY: it replaces a part of the reservation above, which nothing else uses. That the file does not
+        // change while it is mapped for reading is asked of its owner (see the module's comment).
+        let mapped = unsafe { mmap(address, length, protection, flags, file, 0) };
+        match mapped {
+            Ok(start) => Ok(Self { start: start.cast(), n_bytes, reserved, n_reserved }),
+            Err(error) => {
+                // SAFETY: the reservation above, of which nothing is in use.
+                let _given_back = unsafe { munmap(reserved, n_reserved.get()) };
+                Err(error.into())
+            }
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: `n_bytes` are mapped from `start` until `self` is dropped.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.n_bytes) }
+    }
+}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        // SAFETY: the whole reservation, which `self` owns; slices of it borrow `self` and are gone.
+        let _given_back = unsafe { munmap(self.reserved, self.n_reserved.get()) };
     }
 }
 
@@ -139,7 +275,8 @@ impl Deref for Mapping {
 
     fn deref(&self) -> &[u8] {
         match &self.bytes {
-            Bytes::Mapped(mapped) => mapped,
+            Bytes::Shared(mapped) => mapped.bytes(),
+            Bytes::Private(mapped) => mapped,
             Bytes::Static(bytes) => bytes,
         }
     }
@@ -195,6 +332,24 @@ mod tests {
         assert_eq!(device.to_string(), "`/dev/zero` is not a regular file");
         let missing = Mapping::open(Path::new("/nowhere/model.gguf")).unwrap_err();
         assert_eq!(missing.to_string(), "cannot open `/nowhere/model.gguf`");
+    }
+
+    #[test]
+    fn shared_memory_is_aligned_for_huge_pages_and_seen_by_all() {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let memory = File::from(nix::sys::memfd::memfd_create(c"test", flags).unwrap());
+        let n_bytes = 2 * HUGE_PAGE_BYTES + 100;
+        memory.set_len(n_bytes as u64).unwrap();
+        let mut written = MappingMut::new(&memory, n_bytes).unwrap();
+        assert_eq!(written.as_ptr().align_offset(HUGE_PAGE_BYTES), 0);
+        written[n_bytes - 1] = 7;
+        written[HUGE_PAGE_BYTES] = 9;
+        // Whether there are huge pages is up to the system; the content is not.
+        let _got_them = written.collapse(0..n_bytes);
+        assert!(written.collapse(1..HUGE_PAGE_BYTES), "nothing whole, nothing to do");
+        let read = Mapping::from_fd(memory.into()).unwrap();
+        assert_eq!(read.as_ptr().align_offset(HUGE_PAGE_BYTES), 0);
+        assert_eq!((read.len(), read[n_bytes - 1], read[HUGE_PAGE_BYTES], read[0]), (n_bytes, 7, 9, 0));
     }
 
     #[test]

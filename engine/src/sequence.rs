@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::head::Wanted;
 use crate::sampler::{SampledLogprobs, Sampler, SamplerScratch, SamplingError, SamplingParams};
 use crate::speculation::Guesser;
 use crate::tokenizer::{Detokenizer, StopMatcher, Tokenizer};
@@ -207,6 +208,18 @@ impl Sequence {
     /// Tokens that are not in the KV cache yet; one while decoding.
     pub(crate) fn n_waiting(&self) -> usize {
         self.history.len() - self.n_stored
+    }
+
+    /// Which logits can decide about the token at `position`; none if all are needed.
+    pub(crate) fn wanted(&self, position: usize) -> Option<Wanted<'_>> {
+        let n_history = self.history.len();
+        // After a guess, penalties would look at it as well.
+        let is_known =
+            position == n_history || (position > n_history && !self.sampler.penalises(&self.history));
+        if !is_known || self.n_logprobs.is_some() {
+            return None;
+        }
+        self.sampler.wanted(&self.history, position as u64)
     }
 
     /// Looks for what may come next, as far as there is room for it.

@@ -17,7 +17,7 @@ use crate::request::GenerateRequest;
 pub const WORKER_LINK_FD: i32 = 3;
 /// File descriptor of the model image in a worker, opened read-only.
 pub const WORKER_IMAGE_FD: i32 = 4;
-/// File descriptor of the memory for the shared output head in a worker: empty, or filled and sealed.
+/// File descriptor of the memory for the fast image of the model in a worker: empty, or filled and sealed.
 pub const WORKER_HEAD_FD: i32 = 5;
 
 /// File descriptor of the pipe on which a worker says why it dies.
@@ -234,4 +234,27 @@ pub struct WorkerLoad {
     pub guessed_tokens: u64,
     /// Of those, the right ones.
     pub right_guesses: u64,
+    /// What decoding reads instead of the model file, as far as this worker is concerned.
+    pub image: ImageState,
+    /// Bytes of that.
+    pub image_bytes: u64,
+    /// Bytes of weights that a step which generates reads now.
+    pub step_bytes: u64,
+}
+
+/// What a worker has to do with the fast image of the model, which all workers share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageState {
+    /// There is none: it does not pay, has no room, or is not wanted.
+    #[default]
+    None,
+    /// It is not there yet, and this worker is not at it.
+    Waiting,
+    /// This worker makes it, beside its jobs.
+    Making,
+    /// In use; this worker has made it.
+    Made,
+    /// In use; another worker has made it, or one before.
+    Mapped,
 }

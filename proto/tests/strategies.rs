@@ -6,7 +6,9 @@ use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, FinishReason, Timings, Token, TokenLogprobs, Usage};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::{ChatMessage, GenerateRequest, Prompt, Sampling};
-use bitnetd_proto::worker_link::{Confinement, FromWorker, ModelSummary, ToWorker, WorkerLoad, WorkerSetup};
+use bitnetd_proto::worker_link::{
+    Confinement, FromWorker, ImageState, ModelSummary, ToWorker, WorkerLoad, WorkerSetup,
+};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -253,7 +255,8 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         head_macs: 9,
     });
     let load = (any::<(u64, u32)>(), finite_f64(), finite_f64()).prop_map(|(n, prefill_s, decode_s)| {
-        WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, ..WorkerLoad::default() }
+        let image = [ImageState::Waiting, ImageState::Mapped][n.1 as usize % 2];
+        WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, image, ..WorkerLoad::default() }
     });
     prop_oneof![
         (any::<u32>(), model, finite_f64(), any::<(u32, bool)>()).prop_map(

@@ -88,7 +88,7 @@ impl ImageError {
     }
 }
 
-/// What all workers share: an open model, and memory for the output head that the first of them makes.
+/// What all workers share: an open model, and memory for the fast image that the first of them makes.
 #[derive(Debug)]
 pub(crate) struct ModelImage {
     model: OwnedFd,
@@ -126,7 +126,7 @@ impl ModelImage {
         self.head = head;
     }
 
-    /// The memory of the shared head.
+    /// The memory of the fast image.
     pub(crate) fn head(&self) -> BorrowedFd<'_> {
         self.head.as_fd()
     }

@@ -110,6 +110,9 @@ fn name(config: &Config, image: &ModelImage) -> Option<String> {
         FileState::from(&fstat(image.model()).ok()?).to_string()
     };
     let program = FileState::from(&stat("/proc/self/exe").ok()?);
-    let name = format!("prepared.{}.{model}.{program}", config.model.head.name());
+    // Which parts the first worker makes also follows from the instruction set, and where it puts them from the pages.
+    let engine = &config.engine;
+    let how = format!("{}.{}.{}", config.model.head.name(), engine.isa, engine.huge_pages);
+    let name = format!("prepared.{how}.{model}.{program}");
     (name.len() <= NAME_BYTES_MAX).then_some(name)
 }

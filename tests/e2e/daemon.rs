@@ -63,7 +63,7 @@ fn workers_own_disjoint_cpus_and_every_compute_thread_has_one() {
 
 /// Kilobytes of one kind in the mappings of a process whose name holds `name`, as `smaps` counts them.
 fn mapped_kb(pid: u32, name: &str, kind: &str) -> u64 {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
     let (mut is_ours, mut total) = (false, 0);
     for line in smaps.lines() {
         if line.split_whitespace().next().is_some_and(|word| word.contains('-') && !word.ends_with(':')) {
@@ -113,6 +113,46 @@ fn two_workers_share_one_copy_of_the_model() {
         shares.iter().sum::<u64>() <= image_kb + 8,
         "{shares:?} of {image_kb} kB: there is more than one copy"
     );
+}
+
+/// Promise P2 with everything that decoding reads instead of the file; and the tokens are the same.
+#[test]
+fn the_fast_image_is_made_once_and_changes_no_token() {
+    let folder = Folder::new();
+    let answers = |daemon: &Daemon| {
+        let requests = PROMPTS.iter().map(|prompt| random_request(prompt, 5, 40));
+        requests.map(|r| generate(&mut daemon.connect().unwrap(), &r).unwrap()).collect::<Vec<_>>()
+    };
+    folder.write("file.toml", "[model]\nhead = \"file\"\n");
+    let plain = Daemon::start(&folder, "-c file.toml --workers 1 --threads 1");
+    let expected = answers(&plain);
+    drop(plain);
+    folder.write("fast.toml", "[model]\nhead = \"fast\"\n[engine]\nhuge_pages = \"on\"\n");
+    let daemon = Daemon::start(&folder, "-c fast.toml --workers 2 --threads 1");
+    let kb = |pid: &u32, kind| mapped_kb(*pid, "bitnetd-head", kind);
+    wait_for("both workers have it", || {
+        let has_it = |pid: &u32| !maps_writable(*pid, "bitnetd-head") && kb(pid, "Size") > 0;
+        daemon.workers().iter().all(has_it).then_some(())
+    });
+    assert_eq!(answers(&daemon), expected);
+    let workers = daemon.workers();
+    let size_kb = kb(&workers[0], "Size");
+    let shares: Vec<u64> = workers.iter().map(|pid| kb(pid, "Pss")).collect();
+    assert!(size_kb > 100 && shares.iter().sum::<u64>() <= size_kb + 8, "{shares:?} of {size_kb} kB");
+    // Who comes later finds it there.
+    crate::support::send(workers[0], Signal::SIGKILL);
+    wait_for("the replacement has it", || {
+        let now = daemon.workers();
+        let is_new = now.len() == 2 && !now.contains(&workers[0]);
+        (is_new && now.iter().all(|pid| kb(pid, "Size") == size_kb)).then_some(())
+    });
+    assert_eq!(answers(&daemon), expected);
+}
+
+/// Whether a process maps something whose name holds `name` for writing.
+fn maps_writable(pid: u32, name: &str) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    maps.lines().any(|line| line.contains(name) && line.contains(" rw-s "))
 }
 
 #[test]

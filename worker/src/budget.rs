@@ -1,7 +1,7 @@
 //! Whether what a configuration needs fits in memory, before any of it is taken.
 //!
-//! Counted are the model (once, all workers map the same) and, for each worker, keys and values at their fullest and
-//! its buffers. A context window that was asked for fits or is refused; the model's own is halved until it fits, since
+//! Counted are the model and, if it is asked for, its fast image (once, all workers map the same) and, for each worker,
+//! keys and values at their fullest and its buffers. A context window that was asked for fits or is refused; the model's own is halved until it fits, since
 //! nobody asked for it. All workers are told the same numbers and so come to the same window.
 
 use std::fmt;
@@ -18,9 +18,9 @@ const CTX_MIN: usize = 512;
 /// A configuration that does not fit.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{workers} of {max_batch} sequences with {n_ctx} tokens need {} for keys and values, {} for buffers and {} for the model, \
+    "{workers} of {max_batch} sequences with {n_ctx} tokens need {} for keys and values, {} for buffers{weights}, \
      {} in all; there are {}",
-    Size(*.kv_bytes), Size(*.buffers_bytes), Size(*.image_bytes), Size(*.needed_bytes), Size(*.memory_bytes),
+    Size(*.kv_bytes), Size(*.buffers_bytes), Size(*.needed_bytes), Size(*.memory_bytes),
     workers = Workers(*.n_workers)
 )]
 pub(crate) struct DoesNotFit {
@@ -29,7 +29,7 @@ pub(crate) struct DoesNotFit {
     n_ctx: usize,
     kv_bytes: u64,
     buffers_bytes: u64,
-    image_bytes: u64,
+    weights: Weights,
     needed_bytes: u64,
     memory_bytes: u64,
     /// The longest window that would fit, in steps of 256.
@@ -53,16 +53,35 @@ impl DoesNotFit {
 struct Need<'a> {
     hparams: &'a HyperParams,
     setup: &'a WorkerSetup,
-    image_bytes: u64,
+    weights: Weights,
+}
+
+/// Bytes of what all workers map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Weights {
+    /// Of the model file.
+    pub(crate) file: u64,
+    /// Of the fast image, if it is to be there in any case.
+    pub(crate) image: u64,
+}
+
+/// What the model and all workers take with a window of `n_ctx` tokens.
+pub(crate) fn needed_bytes(
+    hparams: &HyperParams,
+    setup: &WorkerSetup,
+    weights: Weights,
+    n_ctx: usize,
+) -> u64 {
+    Need { hparams, setup, weights }.needed_bytes(n_ctx)
 }
 
 /// The context window in tokens to run with.
 pub(crate) fn context(
     hparams: &HyperParams,
     setup: &WorkerSetup,
-    image_bytes: u64,
+    weights: Weights,
 ) -> Result<usize, DoesNotFit> {
-    let need = Need { hparams, setup, image_bytes };
+    let need = Need { hparams, setup, weights };
     let asked = usize::try_from(setup.ctx).ok().filter(|ctx| *ctx > 0);
     let mut n_ctx = asked.unwrap_or(hparams.n_ctx);
     while asked.is_none() && n_ctx / 2 >= CTX_MIN && !need.fits(n_ctx) {
@@ -94,7 +113,8 @@ impl Need<'_> {
     }
 
     fn needed_bytes(&self, n_ctx: usize) -> u64 {
-        self.kv_bytes(n_ctx).saturating_add(self.buffers_bytes()).saturating_add(self.image_bytes)
+        let Weights { file, image } = self.weights;
+        [self.buffers_bytes(), file, image].into_iter().fold(self.kv_bytes(n_ctx), u64::saturating_add)
     }
 
     /// An unknown amount of memory fits everything.
@@ -110,7 +130,7 @@ impl Need<'_> {
             n_ctx,
             kv_bytes: self.kv_bytes(n_ctx),
             buffers_bytes: self.buffers_bytes(),
-            image_bytes: self.image_bytes,
+            weights: self.weights,
             needed_bytes: self.needed_bytes(n_ctx),
             memory_bytes: self.setup.memory_bytes,
             fitting_ctx: steps.into_iter().find(|ctx| *ctx < n_ctx && self.fits(*ctx)),
@@ -126,6 +146,17 @@ impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = self.0 as f64 / f64::from(1 << 20);
         if mib < 1024.0 { write!(f, "{mib:.0} MiB") } else { write!(f, "{:.1} GiB", mib / 1024.0) }
+    }
+}
+
+impl fmt::Display for Weights {
+    /// The end of a list.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, image } = *self;
+        if image == 0 {
+            return write!(f, " and {} for the model", Size(file));
+        }
+        write!(f, ", {} for the model and {} for its fast image", Size(file), Size(image))
     }
 }
 
@@ -182,13 +213,13 @@ mod tests {
         }
     }
 
-    const IMAGE: u64 = 1_185_000_000;
+    const MODEL: Weights = Weights { file: 1_185_000_000, image: 0 };
 
     #[test]
     fn what_was_asked_for_fits_or_is_refused_in_numbers() {
         let hparams = hparams();
-        assert_eq!(context(&hparams, &setup(1, 8, 4096, 4 << 30), IMAGE), Ok(4096));
-        let refusal = context(&hparams, &setup(3, 8, 4096, 6 << 30), IMAGE).unwrap_err();
+        assert_eq!(context(&hparams, &setup(1, 8, 4096, 4 << 30), MODEL), Ok(4096));
+        let refusal = context(&hparams, &setup(3, 8, 4096, 6 << 30), MODEL).unwrap_err();
         assert_eq!(
             refusal.to_string(),
             "3 workers of 8 sequences with 4096 tokens need 7.0 GiB for keys and values, 108 MiB for buffers and 1.1 GiB \
@@ -197,33 +228,44 @@ mod tests {
         let hint = refusal.hint();
         assert!(hint.starts_with("set `engine.ctx` to 2560 or less"), "{hint}");
         // And the hint holds.
-        assert_eq!(context(&hparams, &setup(3, 8, 2560, 6 << 30), IMAGE), Ok(2560));
-        assert!(context(&hparams, &setup(3, 8, 2816, 6 << 30), IMAGE).is_err());
+        assert_eq!(context(&hparams, &setup(3, 8, 2560, 6 << 30), MODEL), Ok(2560));
+        assert!(context(&hparams, &setup(3, 8, 2816, 6 << 30), MODEL).is_err());
+    }
+
+    #[test]
+    fn an_image_that_was_asked_for_is_counted() {
+        let weights = Weights { image: 600_000_000, ..MODEL };
+        let without = context(&hparams(), &setup(3, 8, 4096, 6 << 30), MODEL).unwrap_err();
+        let refusal = context(&hparams(), &setup(3, 8, 4096, 6 << 30), weights).unwrap_err();
+        assert_eq!(refusal.needed_bytes, without.needed_bytes + 600_000_000);
+        let text = refusal.to_string();
+        let end = "108 MiB for buffers, 1.1 GiB for the model and 572 MiB for its fast image, 8.8 GiB in all; there are 6.0 GiB";
+        assert!(text.ends_with(end), "{text}");
     }
 
     #[test]
     fn exactly_enough_is_enough() {
         let hparams = hparams();
-        let needed = context(&hparams, &setup(2, 4, 1024, 1), IMAGE).unwrap_err().needed_bytes;
-        assert_eq!(context(&hparams, &setup(2, 4, 1024, needed), IMAGE), Ok(1024));
-        assert!(context(&hparams, &setup(2, 4, 1024, needed - 1), IMAGE).is_err());
+        let needed = context(&hparams, &setup(2, 4, 1024, 1), MODEL).unwrap_err().needed_bytes;
+        assert_eq!(context(&hparams, &setup(2, 4, 1024, needed), MODEL), Ok(1024));
+        assert!(context(&hparams, &setup(2, 4, 1024, needed - 1), MODEL).is_err());
     }
 
     #[test]
     fn a_window_that_nobody_asked_for_is_halved_until_it_fits() {
         let hparams = hparams();
-        assert_eq!(context(&hparams, &setup(3, 8, 0, 9 << 30), IMAGE), Ok(4096));
-        assert_eq!(context(&hparams, &setup(3, 8, 0, 6 << 30), IMAGE), Ok(2048));
-        assert_eq!(context(&hparams, &setup(3, 8, 0, 5 << 29), IMAGE), Ok(512));
-        let refusal = context(&hparams, &setup(3, 8, 0, 1 << 30), IMAGE).unwrap_err();
+        assert_eq!(context(&hparams, &setup(3, 8, 0, 9 << 30), MODEL), Ok(4096));
+        assert_eq!(context(&hparams, &setup(3, 8, 0, 6 << 30), MODEL), Ok(2048));
+        assert_eq!(context(&hparams, &setup(3, 8, 0, 5 << 29), MODEL), Ok(512));
+        let refusal = context(&hparams, &setup(3, 8, 0, 1 << 30), MODEL).unwrap_err();
         assert!(refusal.hint().starts_with("lower `engine.max_batch`"), "{}", refusal.hint());
     }
 
     #[test]
     fn where_nothing_is_known_nothing_is_refused() {
-        assert_eq!(context(&hparams(), &setup(99, 256, 0, 0), IMAGE), Ok(4096));
+        assert_eq!(context(&hparams(), &setup(99, 256, 0, 0), MODEL), Ok(4096));
         assert_eq!(
-            context(&hparams(), &setup(1, 8, 9000, 0), IMAGE),
+            context(&hparams(), &setup(1, 8, 9000, 0), MODEL),
             Ok(9000),
             "too long for the model: said later"
         );

@@ -12,7 +12,7 @@ mod inherited; // The open files that come with the process.
 mod job; // Between the wire's words and the engine's.
 mod link; // Frames in, frames out.
 pub mod sandbox; // What the process gives up, in two steps.
-mod shared_head; // The fast head: made by the first worker, mapped by all.
+mod shared_image; // What decoding reads: made by the first worker, mapped by all.
 mod startup; // From a handshake to an engine.
 mod step_loop; // Commands in, steps, events out.
 
@@ -47,8 +47,8 @@ pub fn run(hang_after: Option<u64>) -> ExitCode {
         Ok((started, commands))
     });
     match started {
-        Ok((Started { engine, template, .. }, commands)) => {
-            StepLoop::new(engine, template, link, hang_after).run(&commands)
+        Ok((Started { engine, template, fast_image, .. }, commands)) => {
+            StepLoop::new(engine, template, fast_image, link, hang_after).run(&commands)
         }
         // The supervisor went away before it had said anything: nobody is there to be told.
         Err(StartError::LinkClosed) => ExitCode::Ok,

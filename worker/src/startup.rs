@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bitnetd_engine::chat::{ChatError, ChatTemplate};
+use bitnetd_engine::fast_image::{FastImageBuilder, FastParts};
 use bitnetd_engine::gguf::{Gguf, GgufError};
 use bitnetd_engine::kernels::{Isa, KernelSet};
 use bitnetd_engine::mapping::{Mapping, MappingError};
 use bitnetd_engine::model::{Model, ModelError};
-use bitnetd_engine::pool::{PoolOptions, ThreadPool, Wait};
+use bitnetd_engine::pool::Wait;
 use bitnetd_engine::speculation::Speculation;
 use bitnetd_engine::{Engine, EngineError, EngineOptions};
 use bitnetd_proto::PROTOCOL_VERSION;
@@ -22,15 +23,19 @@ use bitnetd_proto::frame::FrameError;
 use bitnetd_proto::worker_link::{Confinement, FromWorker, ModelSummary, ToWorker, WorkerSetup};
 use nix::sys::prctl;
 
-use crate::budget::{self, DoesNotFit};
+use crate::budget::{self, DoesNotFit, Weights};
 use crate::link::Link;
 use crate::sandbox::SandboxError;
-use crate::shared_head::{self, SharedHeadError};
+use crate::shared_image::{HugePages, SharedImage};
+
+/// Memory that is left to others when room for something that can be done without is looked for.
+const MEMORY_LEFT: u64 = 512 << 20;
 
 /// An engine, and the model's way to write a conversation.
 pub(crate) struct Started {
     pub(crate) engine: Engine,
     pub(crate) template: Result<Option<ChatTemplate>, ChatError>,
+    pub(crate) fast_image: SharedImage,
     summary: Box<ModelSummary>,
     load_s: f64,
 }
@@ -56,8 +61,6 @@ pub(crate) enum StartError {
     Gguf { name: String, source: GgufError },
     #[error("`{name}` cannot be run")]
     Model { name: String, source: ModelError },
-    #[error("cannot make the fast head of the model")]
-    Head(#[source] SharedHeadError),
     #[error(transparent)]
     Memory(DoesNotFit),
     #[error("cannot start the engine")]
@@ -74,7 +77,7 @@ impl StartError {
             Self::LinkClosed => ExitCode::Ok,
             Self::Link(_) | Self::NoHello | Self::Version { .. } => ExitCode::Software,
             Self::Setting { .. } | Self::IsaNotPresent(_) | Self::Memory(_) => ExitCode::Config,
-            Self::Map { .. } | Self::Head(_) => ExitCode::Os,
+            Self::Map { .. } => ExitCode::Os,
             Self::Gguf { .. } | Self::Model { .. } => ExitCode::Data,
             Self::Engine(EngineError::ContextTooLong { .. } | EngineError::Zero(_)) => ExitCode::Config,
             Self::Engine(EngineError::Tokenizer(_) | EngineError::VocabularySize { .. }) => ExitCode::Data,
@@ -131,6 +134,7 @@ pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Resul
     let wait = choose_wait(&setup.wait)?;
     require("model.head", &setup.head, &["auto", "file", "fast"])?;
     require("engine.speculation", &setup.speculation, &["auto", "off"])?;
+    let huge_pages = choose_huge_pages(&setup.huge_pages)?;
     require("engine.kv_type", &setup.kv_type, &["f16"])?;
     let mapping = Mapping::from_fd(image).map_err(|source| StartError::Map { name: name(), source })?;
     let image_bytes = mapping.len() as u64;
@@ -138,26 +142,27 @@ pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Resul
     let gguf = Arc::new(gguf);
     let template = ChatTemplate::from_gguf(&gguf);
     let model = Model::load(gguf).map_err(|source| StartError::Model { name: name(), source })?;
-    let n_ctx = budget::context(model.hparams(), setup, image_bytes).map_err(StartError::Memory)?;
+    let wanted = image_wanted(&model, kernels, &setup.head);
+    // An image that nobody asked for is made only if there is room left.
+    let image = if setup.head == "fast" { wanted.1 } else { 0 };
+    let weights = Weights { file: image_bytes, image };
+    let n_ctx = budget::context(model.hparams(), setup, weights).map_err(StartError::Memory)?;
     if setup.ctx == 0 && n_ctx < model.hparams().n_ctx {
         let asked = model.hparams().n_ctx;
         tracing::warn!("the model's context window of {asked} tokens does not fit in memory: {n_ctx} it is");
     }
     let cpus: Vec<_> = setup.cpus.iter().copied().map(Some).collect();
-    let fast_head = if setup.head == "fast" {
-        let pool = PoolOptions { cpus: cpus.clone(), wait: Wait::Hybrid, name: thread_name(setup) };
-        let pool = ThreadPool::new(pool).map_err(|source| StartError::Engine(EngineError::Pool(source)))?;
-        Some(shared_head::open(head, &model.output(), kernels, &pool).map_err(StartError::Head)?)
+    let wanted = if setup.head == "auto" {
+        let taken = budget::needed_bytes(model.hparams(), setup, weights, n_ctx);
+        if_there_is_room(wanted, setup, taken)
     } else {
-        None
+        wanted
     };
-    let head = head_name(&model, fast_head.is_some());
     let options = EngineOptions {
         cpus,
         wait,
         thread_name: thread_name(setup),
         kernels,
-        fast_head,
         n_ctx: Some(n_ctx),
         max_batch: setup.max_batch as usize,
         prefill_chunk: setup.prefill_chunk as usize,
@@ -165,12 +170,10 @@ pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Resul
     };
     let engine = Engine::new(Arc::new(model), options).map_err(StartError::Engine)?;
     let load_s = begun.elapsed().as_secs_f64();
-    let summary = Box::new(ModelSummary {
-        head,
-        ..summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_))))
-    });
+    let summary = Box::new(summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_)))));
     tracing::info!(slot = setup.slot, isa = %kernels.isa(), load_s, "loaded");
-    Ok(Started { engine, template, summary, load_s })
+    let fast_image = SharedImage::new(head, wanted, huge_pages);
+    Ok(Started { engine, template, fast_image, summary, load_s })
 }
 
 /// Says that jobs can come.
@@ -202,7 +205,7 @@ fn summarise(
         n_layers: count(hparams.n_layers),
         n_embd: count(hparams.n_embd),
         isa: engine.kernels().isa().to_string(),
-        head: head_name(engine.model(), false),
+        head: engine.model().output().format().name().to_owned(),
         image_bytes,
         kv_bytes: engine.kv().shape().bytes(),
         has_chat_template,
@@ -225,10 +228,32 @@ fn name_this_thread(name: &str) {
     }
 }
 
-/// The type of the head, as `status` shows it.
-fn head_name(model: &Model, is_fast: bool) -> String {
-    let format = model.output().format().name();
-    if is_fast { format!("fast ({format} where it matters)") } else { format.to_owned() }
+const NO_IMAGE: (FastParts, u64) = (FastParts { five: false, head: false }, 0);
+
+/// The parts of a fast image that a choice of `model.head` asks for, and how many bytes they take.
+fn image_wanted(model: &Model, kernels: KernelSet, head: &str) -> (FastParts, u64) {
+    let parts = match head {
+        "file" => return NO_IMAGE,
+        "fast" => FastParts { five: kernels.reads_five(), head: true },
+        _ => FastParts::that_pay(model, kernels),
+    };
+    match FastImageBuilder::n_bytes(model, parts) {
+        Ok(n_bytes) => (parts, n_bytes as u64),
+        // Why it cannot be made of this model is said when it is tried.
+        Err(_) if head == "fast" => (parts, 0),
+        Err(_) => NO_IMAGE,
+    }
+}
+
+/// The image, if there is room for it beside the model and what all workers remember.
+fn if_there_is_room(wanted: (FastParts, u64), setup: &WorkerSetup, taken: u64) -> (FastParts, u64) {
+    let (_, n_bytes) = wanted;
+    let available = setup.memory_bytes;
+    if available > 0 && taken.saturating_add(n_bytes).saturating_add(MEMORY_LEFT) > available {
+        tracing::info!(n_bytes, taken, available, "no room for a fast image: decoding reads the model file");
+        return NO_IMAGE;
+    }
+    wanted
 }
 
 fn choose_kernels(isa: &str) -> Result<KernelSet, StartError> {
@@ -252,6 +277,19 @@ fn choose_wait(wait: &str) -> Result<Wait, StartError> {
             key: "engine.wait",
             found: other.into(),
             expected: "spin, hybrid or park".into(),
+        }),
+    }
+}
+
+fn choose_huge_pages(huge_pages: &str) -> Result<HugePages, StartError> {
+    match huge_pages {
+        "auto" => Ok(HugePages::Auto),
+        "on" => Ok(HugePages::On),
+        "off" => Ok(HugePages::Off),
+        other => Err(StartError::Setting {
+            key: "engine.huge_pages",
+            found: other.into(),
+            expected: "auto, on or off".into(),
         }),
     }
 }

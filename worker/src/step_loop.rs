@@ -3,7 +3,8 @@
 //! Between two steps every command that has come is carried out, so a cancel or a ping waits for one step at most;
 //! with no sequence on board the loop sleeps until a command comes.
 
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::Duration;
 
 use bitnetd_engine::chat::{ChatError, ChatTemplate};
 use bitnetd_engine::{Engine, StepEvents};
@@ -13,11 +14,22 @@ use bitnetd_proto::worker_link::{FromWorker, ToWorker, WorkerLoad};
 
 use crate::job;
 use crate::link::{Command, Link};
+use crate::shared_image::{Left, SharedImage};
+
+/// How long the fast image of the model is worked on before commands are looked at again.
+const IMAGE_SLICE: Duration = Duration::from_millis(5);
+
+/// Tokens that are generated before the fast image takes time from those to come: for a few it does not pay.
+const IMAGE_TOKENS_MIN: u64 = 16;
+
+/// How often a worker without anything to do looks whether another one has made the fast image.
+const IMAGE_PATIENCE: Duration = Duration::from_millis(20);
 
 /// The loop and what it works with.
 pub(crate) struct StepLoop {
     engine: Engine,
     template: Result<Option<ChatTemplate>, ChatError>,
+    fast_image: SharedImage,
     link: Link,
     is_draining: bool,
     /// For tests of the watchdog.
@@ -34,10 +46,11 @@ impl StepLoop {
     pub(crate) fn new(
         engine: Engine,
         template: Result<Option<ChatTemplate>, ChatError>,
+        fast_image: SharedImage,
         link: Link,
         hang_after: Option<u64>,
     ) -> Self {
-        Self { engine, template, link, is_draining: false, hang_after }
+        Self { engine, template, fast_image, link, is_draining: false, hang_after }
     }
 
     /// Serves until the link closes or a drain is done.
@@ -66,6 +79,9 @@ impl StepLoop {
             }
             self.engine.step(&mut events);
             self.report(&mut events)?;
+            if self.engine.stats().decode_tokens >= IMAGE_TOKENS_MIN {
+                self.fast_image.advance(&mut self.engine, IMAGE_SLICE);
+            }
             while self.hang_after.is_some_and(|n_tokens| self.engine.stats().decode_tokens >= n_tokens) {
                 std::hint::spin_loop();
             }
@@ -75,12 +91,7 @@ impl StepLoop {
     /// Carries out every command that is there; waits for one if there is nothing else to do.
     fn take_commands(&mut self, commands: &Receiver<Command>) -> Result<Next, FrameError> {
         loop {
-            let command = if self.engine.is_idle() && !self.is_draining {
-                commands.recv().map_err(|_| TryRecvError::Disconnected)
-            } else {
-                commands.try_recv()
-            };
-            match command {
+            match self.next_command(commands) {
                 Ok(Command::Message(message)) => self.obey(*message)?,
                 Err(TryRecvError::Empty) => return Ok(Next::Continue),
                 Ok(Command::Closed(None)) | Err(TryRecvError::Disconnected) => {
@@ -92,6 +103,22 @@ impl StepLoop {
                 }
             }
         }
+    }
+
+    /// The next command; waits for it if there is nothing else to do.
+    fn next_command(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
+        let mut command = commands.try_recv();
+        while matches!(command, Err(TryRecvError::Empty)) && self.engine.is_idle() && !self.is_draining {
+            command = match self.fast_image.advance(&mut self.engine, IMAGE_SLICE) {
+                Left::Work => commands.try_recv(),
+                Left::Wait => commands.recv_timeout(IMAGE_PATIENCE).map_err(|error| match error {
+                    RecvTimeoutError::Timeout => TryRecvError::Empty,
+                    RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+                }),
+                Left::Nothing => commands.recv().map_err(|_| TryRecvError::Disconnected),
+            };
+        }
+        command
     }
 
     fn obey(&mut self, message: ToWorker) -> Result<(), FrameError> {
@@ -138,6 +165,9 @@ impl StepLoop {
             cached_tokens: stats.cached_tokens,
             guessed_tokens: stats.guessed_tokens,
             right_guesses: stats.right_guesses,
+            image: self.fast_image.state(),
+            image_bytes: self.fast_image.n_bytes(),
+            step_bytes: self.engine.cost().bytes,
         }
     }
 }

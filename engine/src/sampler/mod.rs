@@ -6,15 +6,22 @@
 //!
 //! No operation here depends on the instruction set or on a library's last bit (promise P4).
 
-mod random;
 mod select;
 
+use crate::head::Wanted;
+use crate::noise::{NOISE_MAX, Noise};
 use select::{Candidate, argmax, clean, exp_nonpositive, maximum, select_best, sum_exp};
 
 /// Most alternatives that log-probabilities are reported for.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
 /// Least log-probability that is reported: a token that is impossible.
 pub const LOGPROB_MIN: f32 = -9999.0;
+
+/// Colder than this the noise is lost in rounding, and a quotient could become infinite.
+const TEMPERATURE_MIN: f32 = 1e-4;
+
+/// With more tokens that decide it is as well to know all logits.
+const N_WANTED_MAX: usize = 1024;
 
 /// How a token is chosen. The defaults are greedy.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,7 +113,6 @@ pub struct SamplerScratch {
     recent: Vec<u32>,           // (penalty_last_n), sorted.
     candidates: Vec<Candidate>, // Best first, where only some are kept.
     maxima: Vec<Candidate>,     // For the selection.
-    weights: Vec<f32>,          // Of the candidates, or of all tokens.
 }
 
 impl SamplerScratch {
@@ -118,7 +124,6 @@ impl SamplerScratch {
             recent: Vec::with_capacity(n_ctx),
             candidates: Vec::with_capacity(n_vocab),
             maxima: Vec::with_capacity(n_vocab.div_ceil(select::CHUNK)),
-            weights: Vec::with_capacity(n_vocab),
         }
     }
 }
@@ -128,6 +133,7 @@ impl SamplerScratch {
 pub struct Sampler {
     params: SamplingParams,
     min_p_distance: f32, // ln(min_p): how far below the best logit a token may be.
+    biased: Vec<u32>,    // Tokens of the bias.
 }
 
 impl Sampler {
@@ -156,7 +162,8 @@ impl Sampler {
         }
         #[expect(clippy::cast_possible_truncation, reason = "rounds to f32")]
         let min_p_distance = libm::log(f64::from(params.min_p)) as f32;
-        Ok(Self { params, min_p_distance })
+        let biased = params.logit_bias.iter().map(|(id, _)| *id).collect();
+        Ok(Self { params, min_p_distance, biased })
     }
 
     /// The parameters.
@@ -189,13 +196,53 @@ impl Sampler {
         Sampled { id, logprobs }
     }
 
+    /// Which logits decide about the token at `position`, after `history`; none if all of them do.
+    ///
+    /// The choice from logits in which all others are minus infinity is the same.
+    #[must_use]
+    pub fn wanted<'a>(&'a self, history: &'a [u32], position: u64) -> Option<Wanted<'a>> {
+        let p = &self.params;
+        let recent: &[u32] = if self.penalises(history) { self.recent(history) } else { &[] };
+        let rows = [recent, &self.biased];
+        // These may fall or rise: as many others could come up in their place.
+        let n_changed = recent.len() + self.biased.len();
+        let best = |n_best: usize, slack, noise| {
+            Some(Wanted { n_best: n_best + n_changed, slack, noise, rows })
+                .filter(|w| w.n_best <= N_WANTED_MAX)
+        };
+        if p.temperature == 0.0 {
+            return best(1, 0.0, None);
+        }
+        if p.top_k > 0 {
+            return best(p.top_k as usize, 0.0, None);
+        }
+        if p.top_p < 1.0 {
+            // The share of a token depends on all of them.
+            return None;
+        }
+        if self.min_p_distance.is_finite() {
+            // A changed logit could fall and bring the limit down with it.
+            return if n_changed == 0 { best(1, -self.min_p_distance, None) } else { None };
+        }
+        best(1, 0.0, Some((Noise::new(p.seed, position), self.temperature())))
+    }
+
     /// Whether bias or penalties can change a logit.
-    #[expect(clippy::float_cmp, reason = "1 and 0 mean off")]
     fn adjusts(&self, history: &[u32]) -> bool {
+        !self.params.logit_bias.is_empty() || self.penalises(history)
+    }
+
+    #[expect(clippy::float_cmp, reason = "1 and 0 mean off")]
+    pub(crate) fn penalises(&self, history: &[u32]) -> bool {
         let p = &self.params;
         let penalises =
             p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0;
-        !p.logit_bias.is_empty() || (penalises && p.penalty_last_n > 0 && !history.is_empty())
+        penalises && p.penalty_last_n > 0 && !history.is_empty()
+    }
+
+    /// The tokens that penalties look at.
+    fn recent<'a>(&self, history: &'a [u32]) -> &'a [u32] {
+        &history[history.len().saturating_sub(self.params.penalty_last_n as usize)..]
     }
 
     fn adjust(&self, logits: &[f32], history: &[u32], adjusted: &mut Vec<f32>, recent: &mut Vec<u32>) {
@@ -207,9 +254,8 @@ impl Sampler {
                 *logit += bias;
             }
         }
-        let start = history.len().saturating_sub(p.penalty_last_n as usize);
         recent.clear();
-        recent.extend_from_slice(&history[start..]);
+        recent.extend_from_slice(self.recent(history));
         recent.sort_unstable();
         for same in recent.chunk_by(|a, b| a == b) {
             let Some(logit) = adjusted.get_mut(same[0] as usize) else { continue };
@@ -220,30 +266,29 @@ impl Sampler {
         }
     }
 
+    /// Takes the largest sum of logit (divided by the temperature) and noise among what top-k, top-p and min-p leave.
     fn draw(&self, logits: &[f32], position: u64, scratch: &mut SamplerScratch) -> u32 {
         let max = maximum(logits);
         if max == f32::NEG_INFINITY {
             return 0;
         }
-        let uniform = random::uniform(self.params.seed, position);
-        let weight = |logit: f32| {
-            let distance = logit - max;
-            if distance < self.min_p_distance {
-                0.0
-            } else {
-                exp_nonpositive(distance / self.params.temperature)
-            }
+        let noise = (Noise::new(self.params.seed, position), self.temperature());
+        let least = max + self.min_p_distance;
+        let candidates = &mut scratch.candidates;
+        let best = if self.params.top_k == 0 && self.params.top_p >= 1.0 {
+            noisiest((0..).zip(logits.iter().map(|logit| clean(*logit))), least, noise)
+        } else {
+            self.keep_best(logits, max, candidates, &mut scratch.maxima);
+            // In the order of their numbers, as where all are looked at.
+            candidates.sort_unstable_by_key(|candidate| candidate.id());
+            noisiest(candidates.iter().map(|candidate| (candidate.id(), candidate.logit())), least, noise)
         };
-        let SamplerScratch { candidates, maxima, weights, .. } = scratch;
-        weights.clear();
-        if self.params.top_k == 0 && self.params.top_p >= 1.0 {
-            weights.extend(logits.iter().map(|logit| weight(clean(*logit))));
-            let fallback = || argmax(logits);
-            return pick(weights, uniform).map_or_else(fallback, |idx| (0..).nth(idx).unwrap_or_default());
-        }
-        self.keep_best(logits, max, candidates, maxima);
-        weights.extend(candidates.iter().map(|candidate| weight(candidate.logit())));
-        pick(weights, uniform).map_or(0, |idx| candidates[idx].id())
+        best.unwrap_or_else(|| argmax(logits))
+    }
+
+    /// What logits are divided by.
+    fn temperature(&self) -> f32 {
+        self.params.temperature.max(TEMPERATURE_MIN)
     }
 
     /// Fills `candidates` with what top-k and top-p keep, best first.
@@ -291,17 +336,25 @@ fn nucleus_len(candidates: &[Candidate], max: f32, wanted: f64) -> Option<usize>
     enough.map(|idx| idx + 1)
 }
 
-/// The index that `uniform` falls on when the weights are laid end to end.
-fn pick(weights: &[f32], uniform: f64) -> Option<usize> {
-    let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
-    let target = uniform * total;
-    let mut sum = 0.0;
-    let hit = weights.iter().position(|weight| {
-        sum += f64::from(*weight);
-        sum > target
-    });
-    // Sums in the same order are equal, so that only an empty or weightless list has no hit.
-    hit.or_else(|| weights.iter().rposition(|weight| *weight > 0.0))
+/// The token with the largest sum of logit (divided by the temperature) and noise, of equal ones the first; of those
+/// whose logit is at least `least`.
+fn noisiest(
+    tokens: impl Iterator<Item = (u32, f32)>,
+    least: f32,
+    (noise, temperature): (Noise, f32),
+) -> Option<u32> {
+    let mut best = (f32::NEG_INFINITY, None);
+    for (id, logit) in tokens {
+        let cold = logit / temperature;
+        // Most can be told to lose without a look at their noise.
+        if logit >= least && cold + NOISE_MAX > best.0 {
+            let score = cold + noise.of(id);
+            if score > best.0 {
+                best = (score, Some(id));
+            }
+        }
+    }
+    best.1
 }
 
 fn logprobs_of(logits: &[f32], id: u32, n_top: u8, scratch: &mut SamplerScratch) -> SampledLogprobs {

@@ -178,10 +178,11 @@ fn sample_by_definition(params: &SamplingParams, logits: &[f32], position: u64) 
         kept.truncate(reached.map_or(kept.len(), |idx| idx + 1));
     }
     let distance = sampler(params.clone()).min_p_distance;
-    kept.retain(|(_, x)| x - max >= distance);
-    let weights: Vec<f32> =
-        kept.iter().map(|(_, x)| exp_nonpositive((x - max) / params.temperature)).collect();
-    kept[pick(&weights, random::uniform(params.seed, position)).unwrap()].0
+    kept.retain(|(_, x)| *x >= max + distance);
+    let noise = Noise::new(params.seed, position);
+    let score = |(id, x): &(u32, f32)| x / params.temperature + noise.of(*id);
+    let best = kept.iter().map(score).fold(f32::NEG_INFINITY, f32::max);
+    kept.iter().filter(|token| score(token) == best).map(|(id, _)| *id).min().unwrap()
 }
 
 proptest! {

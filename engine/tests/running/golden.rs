@@ -51,7 +51,7 @@ fn logits(model: &Arc<Model>, tokens: &[u32]) -> Vec<f32> {
     let n = tokens.len();
     let pool = ThreadPool::new(PoolOptions::unpinned(1)).unwrap();
     let limits = ForwardLimits { n_rows_max: n, n_logits_max: n, n_ctx: hparams.n_ctx };
-    let mut forward = Forward::new(Arc::clone(model), KernelSet::detect(), pool, None, limits);
+    let mut forward = Forward::new(Arc::clone(model), KernelSet::detect(), pool, limits);
     let mut kv = KvCache::new(KvShape {
         n_layers: hparams.n_layers,
         n_kv_heads: hparams.n_kv_heads,
@@ -62,7 +62,13 @@ fn logits(model: &Arc<Model>, tokens: &[u32]) -> Vec<f32> {
     let rows: Vec<Row<'_>> = tokens
         .iter()
         .zip(0..)
-        .map(|(token, position)| Row { token: *token, position, pages: &pages, wants_logits: true })
+        .map(|(token, position)| Row {
+            token: *token,
+            position,
+            pages: &pages,
+            wants_logits: true,
+            wanted: None,
+        })
         .collect();
     forward.run(&rows, &mut kv).to_vec()
 }

@@ -6,6 +6,7 @@
     reason = "a failed unwrap is a failed test"
 )]
 
+mod fast_image; // What decoding reads instead of the file.
 mod golden; // Against transformers.
 mod memory; // Steps that allocate nothing.
 mod same_answer; // Promise P4.

@@ -1,12 +1,15 @@
 //! Starts engines on the story model and runs sequences to their end.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use bitnetd_engine::fast_image::{FastImage, FastImageBuilder, FastParts};
 use bitnetd_engine::gguf::Gguf;
 use bitnetd_engine::kernels::KernelSet;
-use bitnetd_engine::mapping::Mapping;
+use bitnetd_engine::mapping::{Mapping, MappingMut};
 use bitnetd_engine::model::Model;
 use bitnetd_engine::pool::Wait;
 use bitnetd_engine::sampler::SamplingParams;
@@ -14,6 +17,7 @@ use bitnetd_engine::sequence::{SequenceRequest, Summary};
 use bitnetd_engine::speculation::Speculation;
 use bitnetd_engine::tokenizer::Special;
 use bitnetd_engine::{Engine, EngineEvent, EngineOptions, StepEvents};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// What one sequence gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,13 +63,30 @@ pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
         wait: Wait::Hybrid,
         thread_name: "test".into(),
         kernels: setting.kernels,
-        fast_head: None,
         n_ctx: None,
         max_batch: setting.max_batch,
         prefill_chunk: setting.prefill_chunk,
         speculation: setting.speculation,
     };
     Engine::new(Arc::clone(model), options).unwrap()
+}
+
+/// The fast image of a model with all its parts, made a little at a time.
+pub(crate) fn fast_image(engine: &Engine) -> FastImage {
+    let parts = FastParts { five: true, head: true };
+    let model = Arc::clone(engine.model());
+    let n_bytes = FastImageBuilder::n_bytes(&model, parts).unwrap();
+    let memory = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+    memory.set_len(n_bytes as u64).unwrap();
+    let mapping = MappingMut::new(&memory, n_bytes).unwrap();
+    let mut builder = FastImageBuilder::new(Arc::clone(&model), parts, mapping).unwrap();
+    let mut n_slices = 1;
+    while !builder.advance(engine.kernels(), engine.pool(), Duration::ZERO).unwrap() {
+        n_slices += 1;
+    }
+    assert!(n_slices > 10, "it came in {n_slices} slices");
+    drop(builder);
+    FastImage::new(Mapping::from_fd(memory.into()).unwrap(), &model).unwrap()
 }
 
 pub(crate) fn request(

@@ -60,8 +60,6 @@ pub enum Only {
     FirstHas((i32, &'static str)),
     /// Argument 2 (protection of memory) does not ask for execution.
     NotExecutable,
-    /// As [`Only::NotExecutable`], and argument 3 asks for memory that is no file.
-    Anonymous,
 }
 
 impl Only {
@@ -75,7 +73,6 @@ impl Only {
             Self::First(values) | Self::Second(values) => names(values),
             Self::FirstHas((_, name)) => format!("with `{name}`"),
             Self::NotExecutable => "without `PROT_EXEC`".into(),
-            Self::Anonymous => "without `PROT_EXEC`, with `MAP_ANONYMOUS`".into(),
         }
     }
 }
@@ -109,9 +106,19 @@ const CALLS: &[Call] = &[
     serve(Sysno::sendto, "frames to the link, where the standard library sends instead of writing"),
     serve(Sysno::close, "the link and what was mapped, when the process ends"),
     only(
-        serve(Sysno::fcntl, "debug builds check that a descriptor is open before they close it"),
-        Only::Second(&[(libc::F_GETFD, "F_GETFD")]),
+        serve(
+            Sysno::fcntl,
+            "lock and seals of the fast image; debug builds check that a descriptor is open before they close it",
+        ),
+        Only::Second(&[
+            (libc::F_GETFD, "F_GETFD"),
+            (libc::F_SETLK, "F_SETLK"),
+            (libc::F_GET_SEALS, "F_GET_SEALS"),
+            (libc::F_ADD_SEALS, "F_ADD_SEALS"),
+        ]),
     ),
+    serve(Sysno::ftruncate, "the size of the fast image, by the worker that makes it"),
+    serve(Sysno::lseek, "the size of the fast image, by those that map it"),
     // Threads that wait for each other.
     serve(Sysno::futex, "locks, channels, sleeping compute threads"),
     serve(Sysno::sched_yield, "locks that spin"),
@@ -120,7 +127,13 @@ const CALLS: &[Call] = &[
     serve(Sysno::clock_gettime, "timings, where the kernel's page of clocks does not serve"),
     serve(Sysno::clock_nanosleep, "pauses of a thread"),
     // Memory.
-    only(serve(Sysno::mmap, "the allocator; never a file, never executable"), Only::Anonymous),
+    only(
+        serve(
+            Sysno::mmap,
+            "the allocator; the inherited model and fast image (no other file can be opened); never executable",
+        ),
+        Only::NotExecutable,
+    ),
     serve(Sysno::munmap, "the allocator, and mappings that end"),
     serve(Sysno::mremap, "the allocator, for large blocks that grow"),
     only(serve(Sysno::mprotect, "the allocator's arenas; never executable"), Only::NotExecutable),
@@ -148,29 +161,15 @@ const CALLS: &[Call] = &[
         Only::OwnProcess(&[(libc::SIGABRT, "SIGABRT"), (libc::SIGSYS, "SIGSYS")]),
     ),
     // Loading: mapping the inherited files.
-    only(
-        start(Sysno::mmap, "the inherited model and head are mapped; never executable"),
-        Only::NotExecutable,
-    ),
     start(Sysno::fstat, "kind and size of the inherited files"),
     start(Sysno::statx, "kind and size of the inherited files"),
     start(FSTATAT, "kind and size of the inherited files, with an older C library"),
-    start(Sysno::lseek, "the first worker writes the shared head"),
-    start(Sysno::ftruncate, "the first worker writes the shared head"),
     only(
-        start(
-            Sysno::fcntl,
-            "lock and seals of the shared head; a second descriptor of the link for its reader",
-        ),
+        start(Sysno::fcntl, "a second descriptor of the link for its reader"),
         Only::Second(&[
-            (libc::F_GETFD, "F_GETFD"),
             (libc::F_SETFD, "F_SETFD"),
             (libc::F_GETFL, "F_GETFL"),
             (libc::F_DUPFD_CLOEXEC, "F_DUPFD_CLOEXEC"),
-            (libc::F_SETLK, "F_SETLK"),
-            (libc::F_SETLKW, "F_SETLKW"),
-            (libc::F_GET_SEALS, "F_GET_SEALS"),
-            (libc::F_ADD_SEALS, "F_ADD_SEALS"),
         ]),
     ),
     // Loading: threads.
@@ -287,10 +286,6 @@ fn conditions(only: Only) -> Result<Vec<SeccompRule>, BackendError> {
         Only::Second(values) => each(1, values),
         Only::FirstHas((bits, _)) => Ok(vec![SeccompRule::new(vec![is(0, has(bits), bits)?])?]),
         Only::NotExecutable => Ok(vec![SeccompRule::new(vec![is(2, has(libc::PROT_EXEC), 0)?])?]),
-        Only::Anonymous => Ok(vec![SeccompRule::new(vec![
-            is(2, has(libc::PROT_EXEC), 0)?,
-            is(3, has(libc::MAP_ANONYMOUS), libc::MAP_ANONYMOUS)?,
-        ])?]),
         Only::OwnProcess(signals) => {
             let pid = i32::try_from(std::process::id()).unwrap_or(i32::MAX);
             signals

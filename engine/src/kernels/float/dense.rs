@@ -53,7 +53,7 @@ fn check_shape(w: &DenseMatrix<'_>, x: &[f32]) -> usize {
 }
 
 /// Enough chunks that no thread waits long for the last one, and enough rows in one to be worth claiming.
-pub(in crate::kernels) fn rows_per_chunk(n_rows: usize, n_threads: usize) -> usize {
+fn rows_per_chunk(n_rows: usize, n_threads: usize) -> usize {
     (n_rows / (n_threads * 8)).clamp(8, 128).next_multiple_of(4)
 }
 

@@ -22,6 +22,5 @@ pub(super) mod shared_out; // An output that several threads fill.
 mod tests;
 
 pub use attention::{AttentionRow, AttentionScratch, AttentionShape, KV_PAGE_TOKENS, KvLayer};
-pub(super) use dense::rows_per_chunk;
 pub use elementwise::Activation;
 pub use rope::{RopeStyle, RopeTable};

@@ -25,8 +25,8 @@ fn sums<P: Products, const R: usize, const T: usize>(
     rows: [&[u8]; R],
     x: [&[i8]; T],
 ) -> [[i32; T]; R] {
-    // What one step below adds up in narrow sums: 128 products of at most `15 * 128`.
-    assert!(P::narrow_products(15 * 128) >= 128, "narrow sums overflow");
+    // What one step below adds up in narrow sums: 256 products of at most `3 * 128`.
+    assert!(P::narrow_products(3 * 128) >= 256, "narrow sums overflow");
     let rows = rows.map(|row| row.as_chunks::<64>().0);
     let mut sums = [[0; T]; R];
     for r in 0..R {
@@ -36,14 +36,19 @@ fn sums<P: Products, const R: usize, const T: usize>(
             for (part, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
                 // SAFETY: 16 bytes.
                 let codes = unsafe { products.load(codes.as_ptr()) };
-                let (low, high) = (products.and(codes, 15), products.shift_right::<4>(codes));
+                let places = [
+                    products.and(codes, 3),
+                    products.and(products.shift_right::<2>(codes), 3),
+                    products.and(products.shift_right::<4>(codes), 3),
+                    products.shift_right::<6>(codes),
+                ];
                 for t in 0..T {
-                    let values = x[t].as_chunks::<128>().0[i].as_chunks::<16>().0;
-                    // SAFETY: 16 bytes.
-                    let first = unsafe { products.load(values[part].as_ptr().cast()) };
-                    // SAFETY: 16 bytes.
-                    let second = unsafe { products.load(values[part + 4].as_ptr().cast()) };
-                    narrow[t] = products.add(products.add(narrow[t], low, first), high, second);
+                    let values = x[t].as_chunks::<256>().0[i].as_chunks::<16>().0;
+                    for (place, codes) in places.into_iter().enumerate() {
+                        // SAFETY: 16 bytes.
+                        let values = unsafe { products.load(values[4 * place + part].as_ptr().cast()) };
+                        narrow[t] = products.add(narrow[t], codes, values);
+                    }
                 }
             }
             for t in 0..T {

@@ -1,4 +1,4 @@
-//! The fast head: approximate logits from four-bit codes, then the exact ones where they matter.
+//! The fast head: bounds of all logits from few bits, then the exact ones where they matter.
 //!
 //! Sums of codes times int8 activations are integers, and everything after them is the same few operations per
 //! logit, so that the result is a function of the weights and the input alone (promise P4).
@@ -6,10 +6,11 @@
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64; // `sdot` or `smlal`.
+mod build; // The image, some rows at a time.
 mod round; // Rotation, and rows to codes.
 mod scalar; // Sums by definition.
-mod screen; // All logits, approximately.
-mod select; // The rows to compute exactly.
+mod screen; // Bounds of all logits.
+mod settle; // The rows to compute exactly.
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -22,72 +23,129 @@ use std::sync::Mutex;
 use super::KernelSet;
 use super::float::shared_out::SharedOut;
 use crate::dense::DenseMatrix;
-use crate::head::FastHead;
+use crate::head::{FastHead, Wanted};
 use crate::pool::ThreadPool;
 use screen::Screen;
+use settle::Settle;
+
+/// Input rows that are screened together; more go one group after the other.
+const TOKENS_MAX: usize = 8;
+
+/// Rows of the head in a chunk of work that computes what matters.
+const SETTLE_ROWS: usize = 512;
 
 /// Room for one call, allocated once.
 #[derive(Debug)]
 pub struct FastHeadScratch {
-    tokens: Vec<Mutex<Token>>, // A lock per input row: the thread that selects its candidates holds it.
     screen: Screen,
-}
-
-/// What is settled of one input row.
-#[derive(Debug, Default)]
-struct Token {
-    candidates: Vec<u32>, // Ascending.
+    seeds: Vec<Vec<u32>>,        // (n)
+    floors: Vec<f32>,            // (n)
+    order: Vec<u32>,             // Blocks, best first.
+    scores: Vec<f32>,            // Of seeds.
+    lists: Vec<Mutex<Vec<u32>>>, // One for each thread, which alone locks it.
 }
 
 impl FastHeadScratch {
-    /// For up to `n_rows_max` input rows of a head of `n_vocab` x `n_cols`.
+    /// For a head of `n_vocab` x `n_cols`, up to `n_rows_max` input rows and `n_threads` threads.
     #[must_use]
-    pub fn new(n_rows_max: usize, n_vocab: usize, n_cols: usize) -> Self {
-        let token = || Mutex::new(Token { candidates: Vec::with_capacity(n_vocab) });
-        Self { tokens: (0..n_rows_max).map(|_| token()).collect(), screen: Screen::new(n_rows_max, n_cols) }
+    pub fn new(n_rows_max: usize, n_vocab: usize, n_cols: usize, n_threads: usize) -> Self {
+        let n_rows_max = n_rows_max.min(TOKENS_MAX);
+        Self {
+            screen: Screen::new(n_rows_max, n_vocab, n_cols),
+            seeds: vec![Vec::new(); n_rows_max],
+            floors: vec![0.0; n_rows_max],
+            order: Vec::new(),
+            scores: Vec::new(),
+            lists: (0..n_threads).map(|_| Mutex::new(Vec::with_capacity(SETTLE_ROWS))).collect(),
+        }
     }
 }
 
 impl KernelSet {
-    /// Logits of every row of `x` (n, cols) into `logits` (n, vocabulary).
+    /// Logits of every row of `x` (n, cols) into `logits` (n, vocabulary), as far as they are `wanted`.
     ///
-    /// Computed exactly, to the bit as [`Self::dense_matmul`] gives them, are at least 256 rows and 1/64 of
-    /// all rows, those with the largest approximate logits, and every row that could be the largest if errors stay within 8 standard
-    /// deviations. So the largest logit is exact and is that of the whole exact head, unless a rounding error
-    /// of more than 8 deviations happens (normal errors: never; with the rotation they are). Other rows have
-    /// approximate logits. An input that is not finite gets all rows exactly. The result does not depend on
-    /// the batch, the threads or the instruction set.
+    /// Logits that [`Wanted`] asks for are to the bit what [`Self::dense_matmul`] gives; all others, which cannot be
+    /// chosen, are minus infinity (or exact as well). "Cannot" rests on errors within 8 standard deviations (normal errors:
+    /// always; with the rotation they are normal). An input that is not finite gets all rows exactly. The
+    /// result does not depend on the batch, the threads or the instruction set.
     ///
     /// # Panics
-    /// If `fast` is not of the shape of `exact`, `x` or `logits` do not fit it, or `scratch` is for fewer rows.
+    /// If `fast` is not of the shape of `exact`, `x`, `wanted` or `logits` do not fit it, or `scratch` is for
+    /// another head or fewer rows or threads.
     pub fn fast_head(
         self,
         pool: &ThreadPool,
         (fast, exact): (&FastHead<'_>, &DenseMatrix<'_>),
-        x: &[f32],
+        (x, wanted): (&[f32], &[Wanted<'_>]),
         scratch: &mut FastHeadScratch,
         logits: &mut [f32],
     ) {
         let (n_vocab, n_cols) = (fast.n_rows(), fast.n_cols());
         assert!(exact.n_rows() == n_vocab && exact.n_cols() == n_cols, "{fast:?} for {exact:?}");
-        assert!(x.len().is_multiple_of(n_cols), "{} inputs for {fast:?}", x.len());
-        let n = x.len() / n_cols;
-        assert_eq!(logits.len(), n * n_vocab, "logits of {n} rows of {fast:?}");
-        assert!(n <= scratch.tokens.len(), "scratch for {} rows", scratch.tokens.len());
-        let FastHeadScratch { tokens, screen } = scratch;
-        let inputs = self.screen(pool, fast, x, screen, logits);
-        pool.for_each_row_mut(logits, n_vocab, 1, &|_, i, logits| {
-            let mut token = tokens[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            self.select_rows(fast, &inputs[i], logits, &mut token.candidates);
-        });
-        let out = SharedOut::new(logits);
-        for (i, token) in tokens.iter_mut().take(n).enumerate() {
-            let candidates = &token.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).candidates;
-            let x = &x[i * n_cols..][..n_cols];
-            pool.for_each_chunk(candidates.len(), 32, &|_, items| {
-                // SAFETY: each candidate comes up once, and nobody else has the logits.
-                unsafe { self.dense_gather(exact, &candidates[items], x, (&out, i * n_vocab)) };
-            });
+        assert_eq!(x.len(), wanted.len() * n_cols, "inputs for {fast:?}");
+        assert_eq!(logits.len(), wanted.len() * n_vocab, "logits of {} rows of {fast:?}", wanted.len());
+        let group = scratch.seeds.len();
+        let inputs = x.chunks(group * n_cols).zip(wanted.chunks(group));
+        for ((x, wanted), logits) in inputs.zip(logits.chunks_mut(group * n_vocab)) {
+            self.fast_head_group(pool, (fast, exact), (x, wanted), scratch, logits);
         }
+    }
+
+    /// Few enough rows.
+    fn fast_head_group(
+        self,
+        pool: &ThreadPool,
+        (fast, exact): (&FastHead<'_>, &DenseMatrix<'_>),
+        (x, wanted): (&[f32], &[Wanted<'_>]),
+        scratch: &mut FastHeadScratch,
+        logits: &mut [f32],
+    ) {
+        let (n, n_vocab, n_cols) = (wanted.len(), fast.n_rows(), fast.n_cols());
+        let FastHeadScratch { screen, seeds, floors, order, scores, lists } = scratch;
+        assert!(lists.len() >= pool.n_threads(), "scratch for {} threads", lists.len());
+        self.screen(pool, fast, (x, wanted), screen, logits);
+        let logits = &SharedOut::new(logits);
+        let of = |i: usize| Settle {
+            fast,
+            exact,
+            x: &x[i * n_cols..][..n_cols],
+            wanted: &wanted[i],
+            screened: screen.of(i, n_vocab),
+            logits,
+            offset: i * n_vocab,
+        };
+        for (i, (seeds, floor)) in seeds.iter_mut().zip(&mut *floors).take(n).enumerate() {
+            let settle = of(i);
+            settle.choose_seeds(order, seeds);
+            pool.for_each_chunk(seeds.len(), 8, &|_, items| {
+                // SAFETY: each seed comes up once, and nobody else has the logits.
+                unsafe { self.dense_gather(exact, &seeds[items], settle.x, (logits, settle.offset)) };
+            });
+            // SAFETY: the threads are done.
+            *floor = unsafe { settle.floor(seeds, scores) };
+        }
+        let n_chunks = n_vocab.div_ceil(SETTLE_ROWS);
+        pool.for_each_chunk(n * n_chunks, 1, &|thread, items| {
+            let mut list = lists[thread].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            for item in items {
+                let (i, first) = (item / n_chunks, item % n_chunks * SETTLE_ROWS);
+                let rows = first..n_vocab.min(first + SETTLE_ROWS);
+                // SAFETY: each chunk of rows of each input comes up once.
+                unsafe { of(i).settle(self, floors[i], rows, &mut list) };
+            }
+        });
+    }
+
+    /// Starts to fetch bytes that are read soon.
+    #[inline]
+    fn prefetch(self, bytes: &[u8]) {
+        #[cfg(target_arch = "x86_64")]
+        for line in bytes.chunks(64) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: every x86-64 CPU has SSE; a prefetch touches nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = bytes;
     }
 }

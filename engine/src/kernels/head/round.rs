@@ -14,10 +14,12 @@ use crate::kernels::float::lanes::{Lanes, LanesTask, dot};
 const ACTIVATION_ERROR: f32 = 0.025;
 
 impl KernelSet {
-    /// Rotates a row (padded) in place and rounds it to `codes`. Returns its scale and error factor, or `None` if
-    /// it is not finite.
-    pub(crate) fn quantize_head_row(self, values: &mut [f32], codes: &mut [u8]) -> Option<[f32; 2]> {
-        assert_eq!(values.len(), codes.len() * 2, "two codes to a byte");
+    /// Rotates a row (padded) in place and rounds it to the two halves of `codes`. Returns scale and error factor with
+    /// the first half, then with both, or `None` if the row is not finite.
+    pub(crate) fn quantize_head_row(self, values: &mut [f32], codes: [&mut [u8]; 2]) -> Option<[f32; 4]> {
+        for codes in &codes {
+            assert_eq!(values.len(), codes.len() * 4, "four codes to a byte");
+        }
         self.on_lanes(Round { values, codes })
     }
 }
@@ -58,49 +60,87 @@ fn sign_bits(i: u64) -> u64 {
 
 struct Round<'a> {
     values: &'a mut [f32],
-    codes: &'a mut [u8],
+    codes: [&'a mut [u8]; 2],
 }
 
+/// Half a step, of 16, about the best for a normal distribution of deviation 1.
+const HALF_STEP: f32 = 0.168;
+
 impl LanesTask for Round<'_> {
-    type Output = Option<[f32; 2]>;
+    type Output = Option<[f32; 4]>;
 
     #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) -> Option<[f32; 2]> {
-        if self.values.iter().any(|v| !v.is_finite()) {
+    fn run<L: Lanes>(self, lanes: L) -> Option<[f32; 4]> {
+        let Self { values, codes: [first, second] } = self;
+        let mut is_finite = true;
+        for v in values.iter() {
+            is_finite &= v.is_finite();
+        }
+        if !is_finite {
             return None;
         }
-        rotate(self.values);
-        let rotated = &*self.values;
+        rotate(values);
+        let rotated = &*values;
         let n = rotated.len() as f32;
         let norm_squared = dot(lanes, rotated, rotated);
-        let absmax = rotated.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        // Half steps about the best for a normal distribution, and the one without clipping.
-        let deviation = (norm_squared / n).sqrt();
-        let half_steps = [0.150, 0.160, 0.168, 0.176, 0.188].map(|c| c * deviation);
-        let mut best = (f32::INFINITY, 0.0);
-        for half_step in half_steps.into_iter().chain([absmax / 15.0]) {
-            let error = rounding_error(rotated, half_step);
-            if error < best.0 {
-                best = (error, half_step);
-            }
-        }
-        let (error_squared, half_step) = best;
+        let half_step = HALF_STEP * (norm_squared / n).sqrt();
         let inverse = 0.5 / half_step;
         // Zeros, and rows too small or large for the arithmetic here, which no head has.
-        if !(norm_squared.is_normal() && inverse.is_normal() && error_squared.is_finite()) {
-            self.codes.fill(0x88);
-            return (norm_squared < 1e-30).then_some([0.0, norm_squared.sqrt()]);
+        if !(norm_squared.is_normal() && inverse.is_normal()) {
+            first.fill(0);
+            second.fill(0);
+            let error = norm_squared.sqrt();
+            return (norm_squared < 1e-30).then_some([0.0, error, 0.0, error]);
         }
-        for (group, codes) in rotated.chunks_exact(128).zip(self.codes.chunks_exact_mut(64)) {
-            let (low, high) = group.split_at(64);
-            for ((low, high), out) in low.iter().zip(high).zip(codes) {
-                *out = code(*low, inverse) as u8 | (code(*high, inverse) as u8) << 4;
-            }
+        let mut sums = [[0.0f32; 16]; 4];
+        let groups = rotated.as_chunks::<256>().0.iter();
+        let first = first.as_chunks_mut::<64>().0.iter_mut();
+        for ((group, first), second) in groups.zip(first).zip(second.as_chunks_mut::<64>().0) {
+            round_group(group, inverse, [first, second], &mut sums);
         }
-        // Stretched so that the row times itself is right: likely tokens are those that point where `x` points.
-        let stretch = norm_squared / rounded_product(rotated, half_step);
-        let activation_error = ACTIVATION_ERROR * ACTIVATION_ERROR * norm_squared;
-        Some([half_step * stretch, ((error_squared + activation_error) / n).sqrt()])
+        let [first_product, first_squares, product, squares] =
+            sums.map(|lanes| lanes.iter().sum::<f32>() * half_step);
+        let of = |product: f32, squares: f32| {
+            // Stretched so that the row times itself is right: likely tokens are those that point where `x` points.
+            let stretch = norm_squared / product;
+            let error_squared = (stretch * stretch * (squares * half_step) - norm_squared).max(0.0);
+            let activation_error = ACTIVATION_ERROR * ACTIVATION_ERROR * norm_squared;
+            [half_step * stretch, ((error_squared + activation_error) / n).sqrt()]
+        };
+        let [first_scale, first_error] = of(first_product, first_squares);
+        let [scale, error] = of(product, squares);
+        // A step of the first half is four of both.
+        let factors = [4.0 * first_scale, first_error, scale, error];
+        factors.iter().all(|factor| factor.is_finite()).then_some(factors)
+    }
+}
+
+/// Rounds 256 columns, and adds to the sums of products and squares (in steps) with the first half and with both.
+#[inline(always)]
+fn round_group(
+    group: &[f32; 256],
+    inverse: f32,
+    [first, second]: [&mut [u8; 64]; 2],
+    sums: &mut [[f32; 16]; 4],
+) {
+    let mut codes = [0u8; 256];
+    for (values, codes) in group.as_chunks::<16>().0.iter().zip(codes.as_chunks_mut::<16>().0) {
+        for lane in 0..16 {
+            let v = values[lane];
+            let code = code(v, inverse);
+            codes[lane] = code as u8;
+            let coarse = (code * 0.25).floor();
+            let (coarse_steps, steps) = (8.0 * coarse - 12.0, 2.0 * code - 15.0);
+            sums[0][lane] = v.mul_add(coarse_steps, sums[0][lane]);
+            sums[1][lane] = coarse_steps.mul_add(coarse_steps, sums[1][lane]);
+            sums[2][lane] = v.mul_add(steps, sums[2][lane]);
+            sums[3][lane] = steps.mul_add(steps, sums[3][lane]);
+        }
+    }
+    let [a, b, c, d] = [0, 1, 2, 3].map(|place| &codes[64 * place..][..64]);
+    for p in 0..64 {
+        first[p] = a[p] >> 2 | (b[p] >> 2) << 2 | (c[p] >> 2) << 4 | (d[p] >> 2) << 6;
+        second[p] = a[p] & 3 | (b[p] & 3) << 2 | (c[p] & 3) << 4 | (d[p] & 3) << 6;
     }
 }
 
@@ -111,31 +151,4 @@ fn code(v: f32, inverse: f32) -> f32 {
     // Not `clamp`, which keeps the sign of zero and NaN and so takes more instructions.
     let code = if code > 0.0 { code } else { 0.0 };
     if code < 15.0 { code } else { 15.0 }
-}
-
-/// Squared error of the rounded row.
-#[inline(always)]
-fn rounding_error(rotated: &[f32], half_step: f32) -> f32 {
-    let inverse = 0.5 / half_step;
-    let mut sums = [0.0f32; 16];
-    for group in rotated.as_chunks::<16>().0 {
-        for (sum, v) in sums.iter_mut().zip(group) {
-            let error = (15.0 - 2.0 * code(*v, inverse)).mul_add(half_step, *v);
-            *sum = error.mul_add(error, *sum);
-        }
-    }
-    sums.iter().sum()
-}
-
-/// The row times the rounded row.
-#[inline(always)]
-fn rounded_product(rotated: &[f32], half_step: f32) -> f32 {
-    let inverse = 0.5 / half_step;
-    let mut sums = [0.0f32; 16];
-    for group in rotated.as_chunks::<16>().0 {
-        for (sum, v) in sums.iter_mut().zip(group) {
-            *sum = v.mul_add((2.0 * code(*v, inverse) - 15.0) * half_step, *sum);
-        }
-    }
-    sums.iter().sum()
 }

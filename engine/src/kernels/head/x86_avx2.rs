@@ -1,4 +1,4 @@
-//! Sums of codes times int8 with `vpmaddubsw` on ymm.
+//! Sums of two-bit codes times int8 with `vpmaddubsw` on ymm.
 #![expect(unsafe_code, reason = "vector loads")]
 
 use std::arch::x86_64::*;
@@ -17,27 +17,29 @@ pub(super) fn sums<const R: usize, const T: usize>(rows: [&[u8]; R], x: [&[i8]; 
 #[target_feature(enable = "avx2")]
 fn row_sums<const T: usize>(row: &[u8], x: [&[i8]; T]) -> [i32; T] {
     let row = row.as_chunks::<64>().0;
-    let x = x.map(|x| &x.as_chunks::<128>().0[..row.len()]);
-    let mask = _mm256_set1_epi8(15);
+    let x = x.map(|x| &x.as_chunks::<256>().0[..row.len()]);
+    let mask = _mm256_set1_epi8(3);
     let ones = _mm256_set1_epi16(1);
     let mut acc = [_mm256_setzero_si256(); T];
     for (i, codes) in row.iter().enumerate() {
-        let halves = codes.as_chunks::<32>().0;
-        let codes = [load_codes(&halves[0]), load_codes(&halves[1])];
-        let low = [_mm256_and_si256(codes[0], mask), _mm256_and_si256(codes[1], mask)];
-        let high = [
-            _mm256_and_si256(_mm256_srli_epi16::<4>(codes[0]), mask),
-            _mm256_and_si256(_mm256_srli_epi16::<4>(codes[1]), mask),
-        ];
-        for t in 0..T {
-            let x = x[t][i].as_chunks::<32>().0;
-            // Four products of two terms, each at most 2 * 15 * 127 in magnitude: 15240 fits an i16.
-            let a = _mm256_maddubs_epi16(low[0], load_inputs(&x[0]));
-            let b = _mm256_maddubs_epi16(low[1], load_inputs(&x[1]));
-            let c = _mm256_maddubs_epi16(high[0], load_inputs(&x[2]));
-            let d = _mm256_maddubs_epi16(high[1], load_inputs(&x[3]));
-            let sum = _mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_add_epi16(c, d));
-            acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(sum, ones));
+        for (half, codes) in codes.as_chunks::<32>().0.iter().enumerate() {
+            let codes = load_codes(codes);
+            let places = [
+                _mm256_and_si256(codes, mask),
+                _mm256_and_si256(_mm256_srli_epi16::<2>(codes), mask),
+                _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask),
+                _mm256_and_si256(_mm256_srli_epi16::<6>(codes), mask),
+            ];
+            for t in 0..T {
+                let x = x[t][i].as_chunks::<32>().0;
+                // Four products of two terms, each at most 2 * 3 * 128 in magnitude: 3072 fits an i16.
+                let mut sum = _mm256_setzero_si256();
+                for place in 0..4 {
+                    let products = _mm256_maddubs_epi16(places[place], load_inputs(&x[2 * place + half]));
+                    sum = _mm256_add_epi16(sum, products);
+                }
+                acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(sum, ones));
+            }
         }
     }
     let mut sums = [0; T];

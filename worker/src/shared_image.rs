@@ -1,0 +1,215 @@
+//! The fast image of the model: made by the first worker that gets to it, mapped by all.
+//!
+//! The supervisor gives every worker the same anonymous memory, empty at first. Whoever holds the lock on it and finds
+//! it unsealed makes the image, a little at a time beside its jobs, and seals it; a sealed memory is whole and can
+//! never change again. A worker that dies in between loses the lock with its life, and the next one starts over.
+//!
+//! Tokens are the same with and without the image, so nobody waits for it: a worker is ready before, and takes the image up
+//! when it is there.
+
+use std::fs::File;
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bitnetd_engine::Engine;
+use bitnetd_engine::fast_image::{FastImage, FastImageBuilder, FastImageError, FastParts};
+use bitnetd_engine::mapping::{Mapping, MappingError, MappingMut};
+use bitnetd_proto::sealed::{is_sealed, seal};
+use bitnetd_proto::worker_link::ImageState;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+/// Why there is no fast image.
+#[derive(Debug, thiserror::Error)]
+enum SharedImageError {
+    #[error("cannot lock the shared memory")]
+    Lock(#[source] Errno),
+    #[error("cannot make it")]
+    Make(#[from] FastImageError),
+    #[error("cannot give the shared memory its size")]
+    Size(#[source] io::Error),
+    #[error("cannot seal the shared memory")]
+    Seal(#[source] Errno),
+    #[error("cannot map the shared memory")]
+    Map(#[from] MappingError),
+}
+
+/// This worker's part in it.
+#[derive(Debug)]
+pub(crate) struct SharedImage {
+    state: State,
+    n_bytes: u64,
+    huge_pages: HugePages,
+    begun: Instant,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Nobody has sealed it, as far as is known.
+    Open(File, FastParts),
+    /// This worker is at it.
+    Making(File, FastParts, Box<FastImageBuilder>),
+    /// Taken up, made here or not.
+    Used(ImageState),
+    /// Not wanted, or given up.
+    Over,
+}
+
+/// Whether the image should lie in huge pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HugePages {
+    /// If there are any.
+    Auto,
+    /// If not, somebody should know.
+    On,
+    Off,
+}
+
+/// What is left to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// Call again soon.
+    Work,
+    /// Another worker is at it.
+    Wait,
+    /// Nothing.
+    Nothing,
+}
+
+impl SharedImage {
+    /// An image of `n_bytes`; without parts, none. Nothing is mapped or made yet.
+    pub(crate) fn new(memory: OwnedFd, (parts, n_bytes): (FastParts, u64), huge_pages: HugePages) -> Self {
+        let is_any = parts.five || parts.head;
+        let state = if is_any { State::Open(memory.into(), parts) } else { State::Over };
+        Self { state, n_bytes, huge_pages, begun: Instant::now() }
+    }
+
+    /// How far it is, for the supervisor.
+    pub(crate) fn state(&self) -> ImageState {
+        match &self.state {
+            State::Open(..) => ImageState::Waiting,
+            State::Making(..) => ImageState::Making,
+            State::Used(state) => *state,
+            State::Over => ImageState::None,
+        }
+    }
+
+    /// Bytes it takes; 0 if there is none.
+    pub(crate) fn n_bytes(&self) -> u64 {
+        if matches!(self.state, State::Over) { 0 } else { self.n_bytes }
+    }
+
+    /// Works on it for about `time`, if there is anything to do.
+    pub(crate) fn advance(&mut self, engine: &mut Engine, time: Duration) -> Left {
+        let state = std::mem::replace(&mut self.state, State::Over);
+        let (state, left) = match self.next(state, engine, time) {
+            Ok(next) => next,
+            Err(error) => {
+                let error = chain(&error);
+                tracing::warn!(%error, "no fast image: decoding reads the model file as it is");
+                (State::Over, Left::Nothing)
+            }
+        };
+        self.state = state;
+        left
+    }
+
+    fn next(
+        &mut self,
+        state: State,
+        engine: &mut Engine,
+        time: Duration,
+    ) -> Result<(State, Left), SharedImageError> {
+        match state {
+            State::Used(_) | State::Over => Ok((state, Left::Nothing)),
+            State::Open(file, parts) => {
+                if is_sealed(&file).map_err(SharedImageError::Seal)? {
+                    return self.take_up(file, ImageState::Mapped, engine);
+                }
+                if !try_lock(&file)? {
+                    return Ok((State::Open(file, parts), Left::Wait));
+                }
+                // It may have been sealed, and unlocked, since.
+                if is_sealed(&file).map_err(SharedImageError::Seal)? {
+                    return self.take_up(file, ImageState::Mapped, engine);
+                }
+                let model = Arc::clone(engine.model());
+                let n_bytes = FastImageBuilder::n_bytes(&model, parts)?;
+                // A predecessor may have died while it was writing.
+                file.set_len(0)
+                    .and_then(|()| file.set_len(n_bytes as u64))
+                    .map_err(SharedImageError::Size)?;
+                let memory = MappingMut::new(&file, n_bytes)?;
+                let mut builder = FastImageBuilder::new(model, parts, memory)?;
+                if self.huge_pages == HugePages::Off {
+                    builder.without_huge_pages();
+                }
+                Ok((State::Making(file, parts, Box::new(builder)), Left::Work))
+            }
+            State::Making(file, parts, mut builder) => {
+                if !builder.advance(engine.kernels(), engine.pool(), time)? {
+                    return Ok((State::Making(file, parts, builder), Left::Work));
+                }
+                let (n_bytes, n_refused) = builder.huge_page_bytes();
+                let in_huge_pages = n_bytes - n_refused;
+                let seconds = self.begun.elapsed().as_secs_f64();
+                tracing::info!(n_bytes, in_huge_pages, seconds, "the fast image is made");
+                if self.huge_pages == HugePages::On && n_refused > 0 {
+                    tracing::warn!(n_bytes = n_refused, "not in huge pages: the system had none to give");
+                }
+                drop(builder);
+                seal(&file).map_err(SharedImageError::Seal)?;
+                self.take_up(file, ImageState::Made, engine)
+            }
+        }
+    }
+
+    /// From memory that is sealed. It may have other parts than this worker would have made: what it cannot use it does not read.
+    fn take_up(
+        &mut self,
+        file: File,
+        origin: ImageState,
+        engine: &mut Engine,
+    ) -> Result<(State, Left), SharedImageError> {
+        // Made by another process, perhaps: the size is looked at before it is touched.
+        self.n_bytes = (&file).seek(SeekFrom::End(0)).map_err(SharedImageError::Size)?;
+        // Closing the file gives the lock back as well.
+        let mapping = Mapping::from_memory(file.into(), self.n_bytes)?;
+        engine.adopt(FastImage::new(mapping, engine.model())?);
+        tracing::debug!(seconds = self.begun.elapsed().as_secs_f64(), "the fast image is in use");
+        Ok((State::Used(origin), Left::Nothing))
+    }
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Takes the lock on the whole file if nobody has it. It belongs to the process, so it excludes workers that share one
+/// open file, and goes when the process does.
+fn try_lock(file: &File) -> Result<bool, SharedImageError> {
+    let whole = |errno| SharedImageError::Lock(errno);
+    let range = libc::flock {
+        l_type: i16::try_from(libc::F_WRLCK).map_err(|_| whole(Errno::EINVAL))?,
+        l_whence: i16::try_from(libc::SEEK_SET).map_err(|_| whole(Errno::EINVAL))?,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_SETLK(&range)) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(error) => Err(whole(error)),
+    }
+}
