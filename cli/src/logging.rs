@@ -1,14 +1,17 @@
-//! Where log lines go: to stderr, coloured only on a terminal and without `NO_COLOR`.
+//! Where log lines go: to stderr, coloured only on a terminal and without `NO_COLOR`, or to the journal.
 
 use std::io::{self, IsTerminal as _};
 
-use bitnetd_config::{LogConfig, LogFormat};
+use bitnetd_config::{LogConfig, LogFormat, ServiceManager};
 use bitnetd_proto::exit_code::ExitCode;
 use clap::{ArgAction, Args};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, reload};
 
 use crate::error::CliError;
+use crate::journald::JournalLayer;
 
 /// How much is said, for every subcommand.
 #[derive(Clone, Copy, Debug, Args)]
@@ -25,15 +28,18 @@ pub(crate) struct LogArgs {
 /// supervisor and the workers have to say comes back as the command's error then.
 pub(crate) fn init(args: &LogArgs) {
     let filter = EnvFilter::default().add_directive(level(args, LevelFilter::WARN).into());
-    let silent = ["bitnetd_supervisor=off", "bitnetd_worker=off"].into_iter().filter(|_| args.verbose == 0);
+    // Last words of a runtime that panics are no log.
+    let silent = ["bitnetd_supervisor=off", "bitnetd_worker=off", "bitnetd_worker::stderr=warn"];
+    let silent = silent.into_iter().filter(|_| args.verbose == 0);
     let filter = silent.filter_map(|directive| directive.parse().ok()).fold(filter, EnvFilter::add_directive);
-    install(filter, LogFormat::Text);
+    install(filter, Form::Text);
 }
 
-/// Starts logging in a worker, as its supervisor says.
+/// Starts logging in a worker, as its supervisor says, and in the form that it reads. It knows the time.
 pub(crate) fn init_worker(filter: &str) {
-    // A supervisor of ours has checked it.
-    install(EnvFilter::builder().parse_lossy(filter), LogFormat::Text);
+    // A supervisor of ours has checked the filter.
+    let filter = EnvFilter::builder().parse_lossy(filter);
+    tracing_subscriber::fmt().with_writer(io::stderr).json().without_time().with_env_filter(filter).init();
 }
 
 /// What workers that this command starts are to say.
@@ -42,7 +48,11 @@ pub(crate) fn worker_filter(args: &LogArgs) -> String {
 }
 
 /// Starts logging for the daemon: as the configuration says, unless a flag asks for more or less.
-pub(crate) fn init_daemon(args: &LogArgs, config: &LogConfig) -> Result<LevelHandle, CliError> {
+pub(crate) fn init_daemon(
+    args: &LogArgs,
+    config: &LogConfig,
+    manager: &ServiceManager,
+) -> Result<LevelHandle, CliError> {
     let is_fixed = args.quiet || args.verbose > 0;
     let filter = if is_fixed {
         EnvFilter::default().add_directive(level(args, LevelFilter::INFO).into())
@@ -51,7 +61,22 @@ pub(crate) fn init_daemon(args: &LogArgs, config: &LogConfig) -> Result<LevelHan
             .parse(&config.level)
             .map_err(|error| CliError::with_code(ExitCode::Config, error))?
     };
-    let handle = install(filter, config.format);
+    let is_journal = match config.format {
+        LogFormat::Auto => manager.is_stderr_the_journal(),
+        format => format == LogFormat::Journald,
+    };
+    let journal = is_journal.then(|| JournalLayer::connect(&config.journal_socket));
+    let (form, error) = match (journal, config.format) {
+        (Some(Ok(journal)), _) => (Form::Journal(journal), None),
+        (Some(Err(error)), _) => (Form::Text, Some(error)),
+        (None, LogFormat::Json) => (Form::Json, None),
+        (None, _) => (Form::Text, None),
+    };
+    let handle = install(filter, form);
+    if let Some(error) = error {
+        let socket = config.journal_socket.display();
+        tracing::warn!(%socket, %error, "the journal does not listen: the log is text on stderr");
+    }
     Ok(if is_fixed { LevelHandle(None) } else { handle })
 }
 
@@ -82,16 +107,28 @@ impl LevelHandle {
     }
 }
 
-fn install(filter: EnvFilter, format: LogFormat) -> LevelHandle {
+/// How and where events are written.
+enum Form {
+    Text,
+    Json,
+    Journal(JournalLayer),
+}
+
+fn install(filter: EnvFilter, form: Form) -> LevelHandle {
     let builder = tracing_subscriber::fmt().with_writer(io::stderr);
-    let change: ChangeFilter = match format {
-        LogFormat::Json => {
+    let change: ChangeFilter = match form {
+        Form::Journal(journal) => {
+            let (filter, handle) = reload::Layer::new(filter);
+            tracing_subscriber::registry().with(filter).with(journal).init();
+            Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
+        }
+        Form::Json => {
             let builder = builder.json().with_env_filter(filter).with_filter_reloading();
             let handle = builder.reload_handle();
             builder.init();
             Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
         }
-        LogFormat::Text => {
+        Form::Text => {
             // On a terminal the builder itself honours NO_COLOR.
             let builder = if io::stderr().is_terminal() { builder } else { builder.with_ansi(false) };
             let builder = builder.with_env_filter(filter).with_filter_reloading();

@@ -14,6 +14,7 @@ mod daemon; // A running daemon, through its socket.
 mod error; // Outcome -> message, hint and exit code, in one place.
 mod generate;
 mod jobs; // `jobs`, `wait`, `result`, `cancel`.
+mod journald; // The journal, in its own protocol.
 mod local; // A service in this process.
 mod logging;
 mod manual; // `completions` and `man`.

@@ -53,7 +53,7 @@ pub(crate) fn main(args: &ServeArgs, log: &LogArgs) -> Result<ExitCode, CliError
     let activation = Activation::take(&manager.inherited)?;
     let environment = Environment::read();
     let (mut config, origin) = load(args, &environment)?;
-    let level = logging::init_daemon(log, &config.log)?;
+    let level = logging::init_daemon(log, &config.log, &manager)?;
     if log.quiet || log.verbose > 0 {
         config.log.level = logging::worker_filter(log);
     }

@@ -65,5 +65,6 @@ impl Choice for Confinement {
 }
 
 impl Choice for LogFormat {
-    const CHOICES: &'static [(&'static str, Self)] = &[("text", Self::Text), ("json", Self::Json)];
+    const CHOICES: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("text", Self::Text), ("json", Self::Json), ("journald", Self::Journald)];
 }

@@ -101,6 +101,7 @@ impl Config {
             "log" => Some(match key.name {
                 "format" => quoted(self.log.format.name()),
                 "level" => quoted(&self.log.level),
+                "journal_socket" => quoted_path(&self.log.journal_socket),
                 _ => return None,
             }),
             _ => None,

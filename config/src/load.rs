@@ -69,7 +69,7 @@ impl Config {
             service: root.section("service", service),
             listen: root.section("listen", |table| listen(table, base)),
             security: root.section("security", security),
-            log: root.section("log", log),
+            log: root.section("log", |table| log(table, base)),
         };
         root.finish();
         for error in syntax_errors {
@@ -310,11 +310,14 @@ fn security(table: &mut Table<'_, '_, '_>) -> SecurityConfig {
     SecurityConfig { confinement: table.get("confinement", choice).unwrap_or_default() }
 }
 
-fn log(table: &mut Table<'_, '_, '_>) -> LogConfig {
+fn log(table: &mut Table<'_, '_, '_>, base: &Path) -> LogConfig {
     let default = LogConfig::default();
     LogConfig {
         format: table.get("format", choice).unwrap_or_default(),
         level: table.get("level", log_filter).unwrap_or(default.level),
+        journal_socket: table
+            .get("journal_socket", |value| socket_path(value, base))
+            .unwrap_or(default.journal_socket),
     }
 }
 

@@ -19,7 +19,7 @@ impl Key {
     pub fn needs_restart(&self) -> bool {
         match (self.section, self.name) {
             ("listen", name) => !matches!(name, "allow_uids" | "allow_gids"),
-            key => matches!(key, ("log", "format") | ("queue", "journal")),
+            key => matches!(key, ("log", "format" | "journal_socket") | ("queue", "journal")),
         }
     }
 }
@@ -47,7 +47,7 @@ pub(crate) const SECTIONS: &[(&str, &str)] = &[
     ("service", "When the whole service counts as ready."),
     ("listen", "Where clients come in, and who may."),
     ("security", "What holds workers in."),
-    ("log", "What is written to stderr."),
+    ("log", "What is written, to stderr or to the journal."),
 ];
 
 /// Every key, in the order of `example.toml`.
@@ -219,12 +219,17 @@ pub const KEYS: &[Key] = &[
         "confinement",
         "Workers give up files, network, other processes and nearly all system calls: \"auto\" (what the kernel can do;\nwhat it cannot is logged and shown by `status`), \"require\" (no start without Landlock and seccomp), \"off\".",
     ),
-    key("log", "format", "\"text\" for people, \"json\" with one object a line."),
+    key(
+        "log",
+        "format",
+        "\"auto\" (the journal where systemd has connected stderr to it, else text), \"journald\" (entries with fields); on stderr\n\"text\" for people or \"json\" with one object a line.",
+    ),
     key(
         "log",
         "level",
         "\"error\", \"warn\", \"info\", \"debug\", \"trace\" or a filter such as \"info,bitnetd_supervisor=debug\".",
     ),
+    key("log", "journal_socket", "Where the journal takes entries."),
 ];
 
 /// Keys that are planned and refused until they do something, with what to do until then.

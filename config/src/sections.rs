@@ -392,20 +392,30 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// Lowest level shown, or a `tracing` filter.
     pub level: String,
+    /// Where the journal takes entries.
+    pub journal_socket: PathBuf,
 }
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { format: LogFormat::Text, level: "info".into() }
+        Self {
+            format: LogFormat::Auto,
+            level: "info".into(),
+            journal_socket: "/run/systemd/journal/socket".into(),
+        }
     }
 }
 
 /// `log.format`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
+    /// The journal, where stderr would lead to it; else text.
     #[default]
+    Auto,
+    /// Lines for people, on stderr.
     Text,
-    /// One JSON object a line.
+    /// One JSON object a line, on stderr.
     Json,
+    /// Entries of systemd's journal, with fields.
+    Journald,
 }

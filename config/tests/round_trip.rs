@@ -108,7 +108,11 @@ prop_compose! {
                 }),
             },
             security: SecurityConfig { confinement },
-            log: LogConfig { format, level: "info,bitnetd_supervisor=debug".into() },
+            log: LogConfig {
+                format,
+                level: "info,bitnetd_supervisor=debug".into(),
+                journal_socket: format!("/run/journal/{max_batch}").into(),
+            },
         }
     }
 }

@@ -38,7 +38,7 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpid, getppid, pipe2};
 use tokio::net::UnixStream;
-use tokio::process::Command;
+use tokio::process::{ChildStderr, Command};
 
 use crate::image::ModelImage;
 use crate::state::{StopSignal, WorkerExit};
@@ -125,6 +125,8 @@ impl ProcessGroup {
 #[derive(Debug)]
 pub(crate) struct Child {
     inner: tokio::process::Child,
+    /// What it writes to its log, until somebody takes it.
+    stderr: Option<ChildStderr>,
     /// Read once it is reaped; whoever wrote into it is gone then, and nobody waits.
     last_words: File,
     group: Arc<ProcessGroup>,
@@ -137,6 +139,11 @@ impl Child {
 
     pub(crate) fn group(&self) -> Arc<ProcessGroup> {
         self.group.clone()
+    }
+
+    /// What it writes to its log; `None` for who asks again.
+    pub(crate) fn take_stderr(&mut self) -> Option<ChildStderr> {
+        self.stderr.take()
     }
 
     /// Waits for the end and reaps.
@@ -234,7 +241,9 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
 
     let mut command = Command::new(spec.program);
     // The program is often `/proc/self/exe`, which would tell `ps` nothing.
-    command.arg0("bitnetd").args(spec.args).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    command.arg0("bitnetd").args(spec.args).process_group(0);
+    // What it has to say goes through us: a worker with a file or a terminal could fill the one and command the other.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     // The service manager talks to the supervisor alone.
     for variable in SERVICE_MANAGER_VARIABLES {
         command.env_remove(variable);
@@ -253,13 +262,14 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
         command.pre_exec(move || setup.apply());
     }
     let exec = |source| SpawnError::Exec { program: spec.program.to_owned(), source };
-    let inner = spawn_within(&mut command, EXEC_LIMIT).map_err(exec)?;
+    let mut inner = spawn_within(&mut command, EXEC_LIMIT).map_err(exec)?;
+    let stderr = inner.stderr.take();
     let leader =
         inner.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| exec(Errno::ESRCH.into()))?;
     // When memory runs out a worker should go before the supervisor, which can replace it. Best effort.
     let _score = std::fs::write(format!("/proc/{leader}/oom_score_adj"), "500");
     let group = Arc::new(ProcessGroup { leader: Pid::from_raw(leader), is_reaped: AtomicBool::new(false) });
-    Ok((Child { inner, last_words: last_words.into(), group }, ours))
+    Ok((Child { inner, stderr, last_words: last_words.into(), group }, ours))
 }
 
 /// Everything the child does to itself between fork and exec, prepared before the fork.

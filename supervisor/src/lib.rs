@@ -27,6 +27,7 @@ mod scrape; // Metrics over HTTP.
 mod service; // The face to the rest of the program.
 mod shelf; // What systemd keeps for us between two lives.
 mod state; // The state machine.
+mod worker_log; // What workers write to stderr.
 
 pub use activation::{Activation, ActivationError};
 pub use image::{ImageError, ModelSource};

@@ -1,4 +1,4 @@
-//! The task of one worker process: its frames become events, its orders become frames, its end is reaped.
+//! The task of one worker process: its frames become events, its orders become frames, its log ours, its end is reaped.
 //!
 //! The last event it sends for its generation is `WorkerExited`, after everything the worker wrote before it died.
 
@@ -15,7 +15,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::child::{Child, ProcessGroup};
-use crate::state::{Event, Generation, SlotId, WorkerSaid};
+use crate::state::{Event, Generation, SlotId, WorkerSaid, slot_number};
+use crate::worker_log;
 
 /// Orders that wait for a worker to read them, at most. It reads all the time; more than this means that it hangs.
 const OUTBOX_FRAMES_MAX: usize = 1024;
@@ -55,6 +56,8 @@ async fn run(
     frames: mpsc::Receiver<Vec<u8>>,
     events: mpsc::Sender<Event>,
 ) {
+    let stderr = child.take_stderr();
+    let log = stderr.map(|stderr| tokio::spawn(worker_log::follow(slot_number(slot), child.pid(), stderr)));
     let (reader, writer) = stream.into_split();
     let mut reading = pin!(read(slot, generation, reader, events.clone()));
     let mut writing = pin!(write(writer, frames));
@@ -75,6 +78,12 @@ async fn run(
     if is_reading {
         // What it wrote before it died counts. A grandchild that holds the link open must not hold us.
         let _rest = timeout(EXIT_GRACE, reading).await;
+    }
+    if let Some(mut log) = log {
+        // The log says why before it says that.
+        if timeout(EXIT_GRACE, &mut log).await.is_err() {
+            log.abort();
+        }
     }
     report(&events, Event::WorkerExited { slot, generation, exit }).await;
 }

@@ -15,6 +15,7 @@ mod bench; // Rates, bounds and pictures.
 mod daemon; // `serve` and its clients.
 mod deaths; // Workers and supervisors that are killed.
 mod durable; // Jobs that survive everything.
+mod journal; // The journal of systemd, with a stand-in.
 mod metrics; // What is counted and measured, printed and scraped.
 mod reload; // From one configuration to the next.
 mod reuse; // What was read or said before saves work and changes nothing.

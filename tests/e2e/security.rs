@@ -66,11 +66,13 @@ fn every_thread_of_every_worker_is_confined() {
             assert!(found.len() > 1 && found.iter().all(|found| found == expected), "{name}: {found:?}");
         }
         let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-        for name in ["Max core file size", "Max open files", "Max processes"] {
+        for name in ["Max core file size", "Max file size", "Max open files", "Max processes"] {
             let limit = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
             assert_eq!(limit.split_whitespace().take(2).collect::<Vec<_>>(), ["0", "0"], "{name}");
         }
         if nix::unistd::geteuid().is_root() {
+            let log = fs::read_link(format!("/proc/{pid}/fd/2")).unwrap();
+            assert!(log.to_str().unwrap().starts_with("pipe:"), "{log:?}");
             // stdin, stdout, stderr, the link twice, the pipe of last words: no model, no head, nothing else.
             let n_open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
             assert_eq!(n_open, 6, "descriptors of worker {pid}");

@@ -88,6 +88,7 @@ fn perform(act: &str, argument: &str) -> Outcome {
         "list" => fs::read_dir(argument).map(|_| "listed".into()),
         "stat" => fs::metadata(argument).map(|_| "looked at".into()),
         "remove" => fs::remove_file(argument).map(|()| "removed".into()),
+        "grow" => io::stderr().write_all(b"x").map(|()| "written".into()),
         "rename" => fs::rename(argument, format!("{argument}.x")).map(|()| "renamed".into()),
         // The network, and local sockets.
         "tcp" => TcpStream::connect(argument).map(|_| "connected".into()),

@@ -110,6 +110,19 @@ fn no_file_is_opened_made_listed_or_changed() {
 }
 
 #[test]
+fn no_file_that_came_along_grows() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    for (stage, signal, n_bytes) in [("none", None, 1), ("serving", Some(libc::SIGXFSZ), 0)] {
+        let file = std::fs::File::create(&path).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sandbox_probe"));
+        let status = command.args([stage, "grow"]).stdout(Stdio::null()).stderr(file).status().unwrap();
+        assert_eq!(status.signal(), signal, "{stage}");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), n_bytes, "{stage}");
+    }
+}
+
+#[test]
 fn no_socket_is_made() {
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let folder = tempfile::tempdir().unwrap();
