@@ -20,7 +20,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
@@ -129,8 +129,13 @@ pub(crate) struct Child {
     stderr: Option<ChildStderr>,
     /// Read once it is reaped; whoever wrote into it is gone then, and nobody waits.
     last_words: File,
+    /// Processes that the kernel had killed for lack of memory when this one was started.
+    n_oom_kills: Option<u64>,
     group: Arc<ProcessGroup>,
 }
+
+/// Of the kernel's kills for lack of memory, those up to this one have been told of a worker.
+static OOM_KILLS_TOLD: AtomicU64 = AtomicU64::new(0);
 
 impl Child {
     pub(crate) fn pid(&self) -> u32 {
@@ -151,11 +156,10 @@ impl Child {
     /// # Cancel safety
     /// Nothing is lost if it is dropped before it is done.
     pub(crate) async fn wait(&mut self) -> WorkerExit {
-        let n_oom_kills = oom_kills();
         let status = self.inner.wait().await;
         self.group.is_reaped.store(true, Ordering::Release);
         match status {
-            Ok(status) => classify(status, n_oom_kills, self.last_words()),
+            Ok(status) => classify(status, self.n_oom_kills, self.last_words()),
             Err(_) => WorkerExit { code: None, signal: None, is_out_of_memory: false, last_words: None },
         }
     }
@@ -179,9 +183,20 @@ impl Drop for Child {
 
 fn classify(status: ExitStatus, n_oom_kills_before: Option<u64>, last_words: Option<String>) -> WorkerExit {
     let signal = status.signal();
-    let was_oom =
-        signal == Some(libc::SIGKILL) && n_oom_kills_before.zip(oom_kills()).is_some_and(|(a, b)| b > a);
-    WorkerExit { code: status.code(), signal, is_out_of_memory: was_oom, last_words }
+    let is_out_of_memory = signal == Some(libc::SIGKILL)
+        && n_oom_kills_before
+            .zip(oom_kills())
+            .is_some_and(|(before, now)| is_one_of(before, now, &OOM_KILLS_TOLD));
+    WorkerExit { code: status.code(), signal, is_out_of_memory, last_words }
+}
+
+/// Whether a death was one of the kernel's kills since `before`: each of them explains one death.
+fn is_one_of(before: u64, now: u64, told: &AtomicU64) -> bool {
+    let explained = before.max(told.load(Ordering::Relaxed));
+    if now > explained {
+        told.store(explained + 1, Ordering::Relaxed); // All workers are reaped by one thread.
+    }
+    now > explained
 }
 
 /// How many processes the kernel has killed for lack of memory: in our cgroup, else on the whole machine.
@@ -262,6 +277,7 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
         command.pre_exec(move || setup.apply());
     }
     let exec = |source| SpawnError::Exec { program: spec.program.to_owned(), source };
+    let n_oom_kills = oom_kills();
     let mut inner = spawn_within(&mut command, EXEC_LIMIT).map_err(exec)?;
     let stderr = inner.stderr.take();
     let leader =
@@ -269,7 +285,7 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     // When memory runs out a worker should go before the supervisor, which can replace it. Best effort.
     let _score = std::fs::write(format!("/proc/{leader}/oom_score_adj"), "500");
     let group = Arc::new(ProcessGroup { leader: Pid::from_raw(leader), is_reaped: AtomicBool::new(false) });
-    Ok((Child { inner, stderr, last_words: last_words.into(), group }, ours))
+    Ok((Child { inner, stderr, last_words: last_words.into(), n_oom_kills, group }, ours))
 }
 
 /// Everything the child does to itself between fork and exec, prepared before the fork.
@@ -377,6 +393,19 @@ impl MemoryPolicy {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_kill_of_the_kernel_explains_one_death() {
+        let told = AtomicU64::new(0);
+        let die = |before, now| is_one_of(before, now, &told);
+        assert!(!die(3, 3), "by somebody else's hand");
+        assert!(die(3, 4));
+        assert!(!die(3, 4), "that one was another worker's");
+        // Two at once.
+        assert_eq!((die(4, 6), die(4, 6), die(4, 6)), (true, true, false));
+        // What came before a worker does not explain its death.
+        assert!(!die(9, 9) && die(9, 10));
+    }
 
     #[tokio::test]
     async fn a_child_that_stops_before_its_program_does_not_hold_the_supervisor() {
