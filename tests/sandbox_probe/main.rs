@@ -35,7 +35,7 @@ fn main() {
     let mode = if stage == "none" { "off" } else { "auto" };
     let sandbox = Sandbox::enter(mode, last_words).unwrap();
     let (jobs, results) = second_thread();
-    let confinement = (stage == "serving").then(|| sandbox.close().unwrap());
+    let confinement = (stage == "serving").then(|| sandbox.close(0).unwrap());
     println!("{}", confinement.map_or_else(|| "not closed".to_owned(), |held| held.to_string()));
     io::stdout().flush().unwrap();
     let (act, argument) = (act.clone(), rest.first().cloned().unwrap_or_default());

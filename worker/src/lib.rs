@@ -42,7 +42,8 @@ pub fn run(hang_after: Option<u64>) -> ExitCode {
         let started = startup::start(&setup, image, head)?;
         let commands = link.commands().map_err(StartError::Reader)?;
         // Every thread is there, everything is mapped: no prompt was seen yet.
-        let confinement = sandbox.close()?;
+        // The fast image is made beside the jobs; there is no other file to write to.
+        let confinement = sandbox.close(started.fast_image.n_bytes())?;
         startup::say_ready(&started, confinement, &mut link)?;
         Ok((started, commands))
     });

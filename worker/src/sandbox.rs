@@ -4,7 +4,7 @@
 //! 1. [`Sandbox::enter`], before the model is parsed and before there is a second thread: not dumpable, no core file,
 //!    no capability, no new privileges, no path and no network (Landlock), and only the system calls that loading needs.
 //! 2. [`Sandbox::close`], when every thread is there and everything is mapped, before `ready` is said: no new descriptor,
-//!    no new process or thread, no file that grows, and only the system calls that serving needs, for all threads.
+//!    no new process or thread, no file but the fast image that grows, and only the system calls that serving needs, for all threads.
 //!
 //! A denied call ends the process with SIGSYS, after its handler has written the call's name to the log and to the pipe of
 //! last words, which the supervisor reads. Looking for a file is the exception: it is refused with `EACCES` and logged,
@@ -135,19 +135,19 @@ impl Sandbox {
         Ok(Self { mode, landlock, has_seccomp })
     }
 
-    /// Takes the second step; gives what holds the process in.
+    /// Takes the second step; gives what holds the process in. No file gets longer than `file_bytes_max`.
     ///
     /// # Errors
     /// The system refuses to take something away.
-    pub fn close(self) -> Result<Confinement, SandboxError> {
+    pub fn close(self, file_bytes_max: u64) -> Result<Confinement, SandboxError> {
         if self.mode == Mode::Off {
             return Ok(Confinement::default());
         }
         limit(Resource::RLIMIT_NPROC)?;
         // Open descriptors stay; there will be no further one.
         limit(Resource::RLIMIT_NOFILE)?;
-        // No file is open for writing any more: the shared head is sealed, the log is a pipe.
-        limit(Resource::RLIMIT_FSIZE)?;
+        setrlimit(Resource::RLIMIT_FSIZE, file_bytes_max, file_bytes_max)
+            .map_err(system("limit the size of files"))?;
         if self.has_seccomp {
             calls::allow(Stage::Serve).map_err(SandboxError::Seccomp)?;
         }
