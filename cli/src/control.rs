@@ -3,16 +3,19 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use bitnetd_config::cpu_list;
 use bitnetd_proto::error::ErrorCode;
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_proto::status::{Health, JournalReport, SlotReport, StatusReport};
+use bitnetd_proto::status::{
+    CpuReport, Health, JobReport, JournalReport, SlotReport, StatusReport, ThreadReport,
+};
 use bitnetd_proto::worker_link::ImageState;
 use clap::Args;
 
 use crate::answer::json_line;
 use crate::daemon::SocketArgs;
 use crate::error::CliError;
-use crate::terminal;
+use crate::{terminal, top};
 
 /// `bitnetd status`
 #[derive(Debug, Args)]
@@ -100,16 +103,20 @@ pub(crate) fn reload(args: &ReloadArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::Ok)
 }
 
-/// The report for people.
-fn table(report: &StatusReport) -> String {
-    let mut lines = String::new();
-    let totals = &report.totals;
-    let health = match report.health {
+pub(crate) fn health_name(health: Health) -> &'static str {
+    match health {
         Health::Starting => "starting",
         Health::Ready => "ready",
         Health::Degraded => "degraded",
         Health::Draining => "draining",
-    };
+    }
+}
+
+/// The report for people.
+fn table(report: &StatusReport) -> String {
+    let mut lines = String::new();
+    let totals = &report.totals;
+    let health = health_name(report.health);
     let up = format_age(Duration::try_from_secs_f64(report.uptime_s).unwrap_or_default());
     let mut line = |name: &str, value: String| {
         // Writing to a String cannot fail.
@@ -170,6 +177,10 @@ fn table(report: &StatusReport) -> String {
     line("tokens", format!("{} generated", totals.tokens));
     lines.push('\n');
     lines.push_str(&slot_table(&report.slots));
+    if !report.cpus.is_empty() {
+        lines.push('\n');
+        lines.push_str(&core_table(report));
+    }
     lines
 }
 
@@ -191,7 +202,7 @@ fn image_words(slots: &[SlotReport]) -> Option<String> {
 }
 
 fn slot_table(slots: &[SlotReport]) -> String {
-    let header = ["SLOT", "STATE", "PID", "CPUS", "NODE", "JOBS", "RESTARTS", "TOKENS", "LAST EXIT"];
+    let header = ["SLOT", "STATE", "PID", "CPUS", "NODE", "JOBS", "RESTARTS", "TOKENS", "PSS", "LAST EXIT"];
     let mut rows = vec![header.map(str::to_owned)];
     let optional = |value: Option<u32>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
     for slot in slots {
@@ -204,18 +215,69 @@ fn slot_table(slots: &[SlotReport]) -> String {
             slot.jobs.to_string(),
             slot.restarts.to_string(),
             slot.load.decode_tokens.to_string(),
+            top::memory(slot),
             slot.last_exit.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..header.len()).map(width).collect();
-    let mut shown = String::new();
-    for row in &rows {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-        shown.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-        shown.push('\n');
+    terminal::columns(&rows, |_| false)
+}
+
+/// Each core of a worker, with the thread that is pinned to it and the jobs that it works on.
+fn core_table(report: &StatusReport) -> String {
+    let header = ["CPU", "BUSY", "STOLEN", "SLOT", "THREAD", "RAN", "WAITED", "MIGRATIONS", "JOBS"];
+    let mut rows = vec![header.map(str::to_owned)];
+    let (owned, others): (Vec<&CpuReport>, Vec<_>) = report.cpus.iter().partition(|cpu| cpu.slot.is_some());
+    for cpu in owned {
+        let slot = report.slots.iter().rev().find(|slot| Some(slot.slot) == cpu.slot);
+        let thread = slot.and_then(|slot| thread_on(slot, cpu.cpu));
+        let jobs = jobs_on(&report.jobs, cpu.slot);
+        rows.push([
+            cpu.cpu.to_string(),
+            percent(cpu.busy),
+            percent(cpu.stolen),
+            cpu.slot.map_or_else(dash, |slot| slot.to_string()),
+            thread.map_or_else(dash, |thread| thread.name.clone()),
+            percent(thread.and_then(|thread| thread.running)),
+            percent(thread.and_then(|thread| thread.waiting)),
+            thread.and_then(|thread| thread.migrations).map_or_else(dash, |n| n.to_string()),
+            jobs,
+        ]);
+    }
+    let mut shown = terminal::columns(&rows, |_| false);
+    if !others.is_empty() {
+        let busy: f64 = others.iter().filter_map(|cpu| cpu.busy).sum();
+        // Writing to a String cannot fail.
+        let _written = writeln!(shown, "CPUs of no worker: {}, of which {busy:.1} are busy", others.len());
     }
     shown
+}
+
+/// The compute thread that is pinned to a CPU: the n-th thread has the n-th CPU of its worker, whatever runs there now.
+fn thread_on(slot: &SlotReport, cpu: u32) -> Option<&ThreadReport> {
+    let cpus = cpu_list::parse(&slot.cpus).ok()?;
+    let place = cpus.iter().position(|&of| of == cpu)?;
+    slot.threads.iter().find(|thread| thread.thread.is_some_and(|thread| thread as usize == place))
+}
+
+/// `87%`, or `-` if it is not known.
+pub(crate) fn percent(share: Option<f64>) -> String {
+    share.map_or_else(dash, |share| format!("{:.0}%", share * 100.0))
+}
+
+/// Numbers of some of the jobs on a worker.
+fn jobs_on(jobs: &[JobReport], slot: Option<u32>) -> String {
+    const SHOWN_MAX: usize = 4;
+    let numbers: Vec<String> =
+        jobs.iter().filter(|job| job.slot == slot).map(|job| job.job.to_string()).collect();
+    match numbers.len() {
+        0 => dash(),
+        n if n > SHOWN_MAX => format!("{} … {} more", numbers[..SHOWN_MAX].join(" "), n - SHOWN_MAX),
+        _ => numbers.join(" "),
+    }
+}
+
+fn dash() -> String {
+    "-".to_owned()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
@@ -224,7 +286,7 @@ fn mega(bytes: u64) -> f64 {
 }
 
 /// `7.4M`, `2.4B`.
-fn format_count(count: u64) -> String {
+pub(crate) fn format_count(count: u64) -> String {
     let millions = mega(count);
     if millions >= 1000.0 { format!("{:.1}B", millions / 1000.0) } else { format!("{millions:.1}M") }
 }
@@ -248,6 +310,56 @@ mod tests {
 
     use super::*;
 
+    fn slots() -> Vec<SlotReport> {
+        let thread = ThreadReport {
+            tid: 4244,
+            name: "bnd-w0-t1".into(),
+            thread: Some(1),
+            cpu: Some(1),
+            cpu_s: 7.5,
+            wait_s: Some(0.1),
+            timeslices: Some(9),
+            migrations: Some(2),
+            running: Some(0.876),
+            waiting: Some(0.014),
+        };
+        let slot = SlotReport {
+            slot: 0,
+            state: "ready".into(),
+            pid: Some(4243),
+            cpus: "0-3".into(),
+            memory_nodes: String::new(),
+            restarts: 0,
+            jobs: 2,
+            load: WorkerLoad {
+                decode_tokens: 512,
+                image: ImageState::Made,
+                image_bytes: 450_000_000,
+                ..WorkerLoad::default()
+            },
+            load_age_s: Some(0.5),
+            prefill_per_s: None,
+            decode_per_s: Some(99.5),
+            resident_bytes: Some(300 << 20),
+            threads: vec![thread],
+            confinement: Some(Confinement { landlock: 7, seccomp: true }),
+            last_exit: None,
+        };
+        let broken = SlotReport {
+            slot: 1,
+            state: "backoff".into(),
+            pid: None,
+            cpus: "4-7".into(),
+            memory_nodes: "1".into(),
+            restarts: 12,
+            last_exit: Some("killed by signal 9".into()),
+            resident_bytes: None,
+            threads: Vec::new(),
+            ..slot.clone()
+        };
+        vec![slot, broken]
+    }
+
     fn story() -> ModelSummary {
         ModelSummary {
             name: "story".into(),
@@ -268,36 +380,19 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_table_for_people() {
-        let slot = SlotReport {
-            slot: 0,
-            state: "ready".into(),
-            pid: Some(4243),
-            cpus: "0-3".into(),
-            memory_nodes: String::new(),
-            restarts: 0,
-            jobs: 2,
-            load: WorkerLoad {
-                decode_tokens: 512,
-                image: ImageState::Made,
-                image_bytes: 450_000_000,
-                ..WorkerLoad::default()
-            },
-            confinement: Some(Confinement { landlock: 7, seccomp: true }),
-            last_exit: None,
+    fn report() -> StatusReport {
+        let cpu = |cpu, slot| CpuReport { cpu, slot, busy: Some(0.9), stolen: Some(0.0) };
+        let job = |job| JobReport {
+            job,
+            slot: Some(0),
+            phase: "decode".into(),
+            is_durable: false,
+            tokens: 1,
+            tokens_max: 2,
+            tokens_per_s: None,
+            age_s: 1.0,
         };
-        let broken = SlotReport {
-            slot: 1,
-            state: "backoff".into(),
-            pid: None,
-            cpus: "4-7".into(),
-            memory_nodes: "1".into(),
-            restarts: 12,
-            last_exit: Some("killed by signal 9".into()),
-            ..slot.clone()
-        };
-        let report = StatusReport {
+        StatusReport {
             server: "bitnetd/0.1.0".into(),
             pid: 4242,
             uptime_s: 3671.0,
@@ -314,8 +409,17 @@ mod tests {
                 ..Totals::default()
             },
             journal: None,
-            slots: vec![slot, broken],
-        };
+            slots: slots(),
+            jobs: (18..23).map(job).collect(),
+            n_jobs_beyond: 0,
+            cpus: vec![cpu(0, Some(0)), cpu(1, Some(0)), cpu(4, Some(1)), cpu(9, None)],
+            usage_window_s: Some(1.0),
+        }
+    }
+
+    #[test]
+    fn the_table_for_people() {
+        let report = report();
         insta::assert_snapshot!(table(&report), @r#"
         health   ready, up 1h 1m, pid 4242, bitnetd/0.1.0
         model    story (bitnet-b1.58, 7.3M parameters, 4.2 MB, context 256, avx2)
@@ -325,9 +429,15 @@ mod tests {
         repairs  12 restarts, 1 jobs moved
         tokens   700 generated
 
-        SLOT  STATE    PID   CPUS  NODE  JOBS  RESTARTS  TOKENS  LAST EXIT
-        0     ready    4243  0-3   -     2     0         512     -
-        1     backoff  -     4-7   1     2     12        512     killed by signal 9
+        SLOT  STATE    PID   CPUS  NODE  JOBS  RESTARTS  TOKENS  PSS    LAST EXIT
+        0     ready    4243  0-3   -     2     0         512     ~300M  -
+        1     backoff  -     4-7   1     2     12        512     -      killed by signal 9
+
+        CPU  BUSY  STOLEN  SLOT  THREAD     RAN  WAITED  MIGRATIONS  JOBS
+        0    90%   0%      0     -          -    -       -           18 19 20 21 … 1 more
+        1    90%   0%      0     bnd-w0-t1  88%  1%      2           18 19 20 21 … 1 more
+        4    90%   0%      1     -          -    -       -           -
+        CPUs of no worker: 1, of which 0.9 are busy
         "#);
     }
 

@@ -15,6 +15,12 @@ use bitnetd_supervisor::{ActivationError, JournalError, ListenError, ScrapeError
 
 use crate::terminal;
 
+/// An error and its causes in one line.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// A failure on its way to `main`.
 #[derive(Debug)]
 pub(crate) struct CliError {

@@ -27,6 +27,7 @@ mod runtime; // The event loop, and Ctrl-C.
 mod serve;
 mod submit;
 mod terminal; // Everything that is written to stdout and stderr.
+mod top; // The daemon at work, on the whole screen.
 mod topology; // `topology`: the machine and the plan.
 mod tune; // Which split is best.
 
@@ -101,6 +102,8 @@ enum Command {
     Cancel(jobs::CancelArgs),
     /// Show how the daemon is: health, model, workers, counters
     Status(control::StatusArgs),
+    /// Watch the daemon at work: cores, workers, jobs, on the whole screen
+    Top(top::TopArgs),
     /// Print what the daemon has counted and measured, as Prometheus reads it
     Metrics(control::MetricsArgs),
     /// Let the daemon finish what it has accepted, then end
@@ -152,6 +155,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Result(args) => jobs::result(&args),
         Command::Cancel(args) => jobs::cancel(&args),
         Command::Status(args) => control::status(&args),
+        Command::Top(args) => top::main(&args),
         Command::Metrics(args) => control::metrics(&args),
         Command::Drain(args) => control::drain(&args),
         Command::Restart(args) => control::restart(&args),

@@ -1,4 +1,4 @@
-//! What the kernel counts about CPUs, threads and memory: `/proc/stat`, `task/*/stat`, `schedstat`, `smaps_rollup`.
+//! What the kernel counts about CPUs, threads and memory: `/proc/stat`, `task/*/stat`, `schedstat`, `status`.
 //!
 //! Readings of counters as they are; utilisation is the difference of two of them. Pure functions over the root of a
 //! tree, as everything in this crate: whoever shows the numbers decides when to read.
@@ -26,12 +26,21 @@ impl CpuTimes {
     /// hypervisor took counts as time in which it was not.
     #[must_use]
     pub fn utilisation_since(&self, earlier: &Self) -> Option<f64> {
+        self.share_since(earlier, |times| times.busy_ticks)
+    }
+
+    /// Share of the time since `earlier` that the hypervisor took, 0 to 1; `None` if no time has passed.
+    #[must_use]
+    pub fn stolen_since(&self, earlier: &Self) -> Option<f64> {
+        self.share_since(earlier, |times| times.steal_ticks)
+    }
+
+    fn share_since(&self, earlier: &Self, part: fn(&Self) -> u64) -> Option<f64> {
         // The kernel lets the idle counters of a CPU go back a little.
-        let busy = self.busy_ticks.saturating_sub(earlier.busy_ticks);
-        let idle = self.idle_ticks.saturating_sub(earlier.idle_ticks);
-        let steal = self.steal_ticks.saturating_sub(earlier.steal_ticks);
-        let all = busy.saturating_add(idle).saturating_add(steal);
-        (all > 0).then(|| busy as f64 / all as f64)
+        let grown = |part: fn(&Self) -> u64| part(self).saturating_sub(part(earlier));
+        let parts: [fn(&Self) -> u64; 3] = [|of| of.busy_ticks, |of| of.idle_ticks, |of| of.steal_ticks];
+        let all = parts.into_iter().map(grown).fold(0_u64, u64::saturating_add);
+        (all > 0).then(|| grown(part) as f64 / all as f64)
     }
 }
 
@@ -70,7 +79,9 @@ pub struct ThreadTimes {
     pub run_ns: Option<u64>,
     /// Time in which it could have run and had no CPU.
     pub wait_ns: Option<u64>,
-    /// Times it moved to another CPU; few kernels tell.
+    /// Times it was given a CPU.
+    pub timeslices: Option<u64>,
+    /// Times it moved to another CPU; not every kernel tells.
     pub migrations: Option<u64>,
 }
 
@@ -103,6 +114,7 @@ fn thread(tree: Tree<'_>, dir: &str, tid: u32) -> Option<ThreadTimes> {
         system_ticks: field(15)?,
         run_ns: next_wait(),
         wait_ns: next_wait(),
+        timeslices: next_wait(),
         migrations: migrations.and_then(|rest| rest.trim_start_matches([' ', ':']).trim().parse().ok()),
     })
 }
@@ -114,38 +126,10 @@ pub fn compute_thread(name: &str) -> Option<(u32, u32)> {
     Some((worker.parse().ok()?, thread.parse().ok()?))
 }
 
-/// Memory of one process, in bytes. Pages shared by n processes count 1/n in each PSS, so that the sum over all workers
-/// is what they cost together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct MemoryUse {
-    /// Pages in memory, shared ones counted in full.
-    pub rss_bytes: u64,
-    /// Pages in memory, shared ones by share.
-    pub pss_bytes: u64,
-    /// Of that the pages of no file: heap, KV cache.
-    pub pss_anon_bytes: u64,
-    /// Of that the pages of files: the model and the program.
-    pub pss_file_bytes: u64,
-    /// Of that shared memory: the model where it is a memfd.
-    pub pss_shmem_bytes: u64,
-    /// Pages swapped out.
-    pub swap_bytes: u64,
-}
-
-/// The memory of a process; `None` if it is gone or belongs to somebody else.
+/// What a process has in memory, pages that it shares counted in full; `None` if it is gone or hidden.
 #[must_use]
-pub fn memory(root: &Path, pid: u32) -> Option<MemoryUse> {
-    let text = Tree::new(root).text(&format!("/proc/{pid}/smaps_rollup"))?;
-    let bytes = |key: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-    };
-    Some(MemoryUse {
-        rss_bytes: bytes("Rss")?,
-        pss_bytes: bytes("Pss")?,
-        pss_anon_bytes: bytes("Pss_Anon").unwrap_or(0),
-        pss_file_bytes: bytes("Pss_File").unwrap_or(0),
-        pss_shmem_bytes: bytes("Pss_Shmem").unwrap_or(0),
-        swap_bytes: bytes("Swap").unwrap_or(0),
-    })
+pub fn resident_bytes(root: &Path, pid: u32) -> Option<u64> {
+    let text = Tree::new(root).text(&format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bitnetd_placement::usage::{self, CpuTimes, MemoryUse};
+use bitnetd_placement::usage::{self, CpuTimes};
 use tempfile::TempDir;
 
 fn tree(files: &[(&str, &str)]) -> TempDir {
@@ -25,6 +25,7 @@ fn utilisation_is_the_difference_of_two_readings() {
     assert_eq!(first.keys().copied().collect::<Vec<_>>(), [0, 3]);
     assert_eq!(first[&3], CpuTimes { busy_ticks: 170, idle_ticks: 840, steal_ticks: 20 });
     assert_eq!(second[&3].utilisation_since(&first[&3]), Some(0.7));
+    assert_eq!(second[&3].stolen_since(&first[&3]), Some(0.1));
     assert_eq!(second[&0].utilisation_since(&first[&0]), None);
     assert_eq!(first[&3].utilisation_since(&second[&3]), None, "counters that went back");
 }
@@ -49,6 +50,7 @@ fn threads_are_read_whatever_their_names() {
         (threads[1].run_ns, threads[1].wait_ns, threads[1].migrations),
         (Some(5000), Some(300), Some(4))
     );
+    assert_eq!(threads[1].timeslices, Some(12));
     assert!(usage::threads(dir.path(), 8).is_empty());
 }
 
@@ -62,20 +64,13 @@ fn compute_threads_are_known_by_name() {
 }
 
 #[test]
-fn memory_is_counted_by_share() {
-    let rollup = "5500-7ffc ---p 00000000 00:00 0    [rollup]\nRss:       2000 kB\nPss:        900 kB\n\
-                  Pss_Anon:   300 kB\nPss_File:   500 kB\nPss_Shmem:  100 kB\nSwap:         8 kB\nSwapPss: 8 kB\n";
-    let dir = tree(&[("proc/7/smaps_rollup", rollup)]);
-    let expected = MemoryUse {
-        rss_bytes: 2000 << 10,
-        pss_bytes: 900 << 10,
-        pss_anon_bytes: 300 << 10,
-        pss_file_bytes: 500 << 10,
-        pss_shmem_bytes: 100 << 10,
-        swap_bytes: 8 << 10,
-    };
-    assert_eq!(usage::memory(dir.path(), 7), Some(expected));
-    assert_eq!(usage::memory(dir.path(), 8), None);
+fn resident_memory_is_found_among_the_rest() {
+    let dir = tree(&[
+        ("proc/7/status", "Name:\ta\nVmHWM:\t 900 kB\nVmRSS:\t   800 kB\n"),
+        ("proc/9/status", "Name: b\n"),
+    ]);
+    assert_eq!(usage::resident_bytes(dir.path(), 7), Some(800 << 10));
+    assert_eq!((usage::resident_bytes(dir.path(), 8), usage::resident_bytes(dir.path(), 9)), (None, None));
 }
 
 #[test]

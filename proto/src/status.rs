@@ -29,7 +29,22 @@ pub struct StatusReport {
     pub journal: Option<JournalReport>,
     /// One entry for each slot.
     pub slots: Vec<SlotReport>,
+    /// Jobs: those on workers first, then those that wait, [`JOBS_REPORTED_MAX`] at most.
+    #[serde(default)]
+    pub jobs: Vec<JobReport>,
+    /// Jobs that there are beyond those.
+    #[serde(default)]
+    pub n_jobs_beyond: u64,
+    /// CPUs that are online, whoever owns them; empty as long as nothing was read.
+    #[serde(default)]
+    pub cpus: Vec<CpuReport>,
+    /// Seconds that shares of CPUs and threads are about: the time between the two last readings.
+    #[serde(default)]
+    pub usage_window_s: Option<f64>,
 }
+
+/// Jobs in a report, at most.
+pub const JOBS_REPORTED_MAX: usize = 1024;
 
 /// The service as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,9 +123,108 @@ pub struct SlotReport {
     pub jobs: u32,
     /// What it said last about itself.
     pub load: WorkerLoad,
+    /// Seconds since it said that.
+    #[serde(default)]
+    pub load_age_s: Option<f64>,
+    /// Prompt tokens computed in a second, lately.
+    #[serde(default)]
+    pub prefill_per_s: Option<f64>,
+    /// Tokens generated in a second, lately.
+    #[serde(default)]
+    pub decode_per_s: Option<f64>,
+    /// What its process has in memory, pages that it shares counted in full; `load.memory` knows better, where the kernel
+    /// tells.
+    #[serde(default)]
+    pub resident_bytes: Option<u64>,
+    /// Its threads; empty if the supervisor may not see them.
+    #[serde(default)]
+    pub threads: Vec<ThreadReport>,
     /// What holds the live process in, once it is ready.
     #[serde(default)]
     pub confinement: Option<Confinement>,
     /// Why the last process ended, if one did.
     pub last_exit: Option<String>,
+}
+
+impl SlotReport {
+    /// Share of the time in which its compute threads ran, in the mean; `None` if that is not known.
+    #[must_use]
+    pub fn running_share(&self) -> Option<f64> {
+        self.mean_of_compute_threads(|thread| thread.running)
+    }
+
+    /// Share of the time in which its compute threads could have run and had no CPU, in the mean.
+    #[must_use]
+    pub fn waiting_share(&self) -> Option<f64> {
+        self.mean_of_compute_threads(|thread| thread.waiting)
+    }
+
+    fn mean_of_compute_threads(&self, share: impl Fn(&ThreadReport) -> Option<f64>) -> Option<f64> {
+        let compute = self.threads.iter().filter(|thread| thread.thread.is_some());
+        let shares: Vec<f64> = compute.map(share).collect::<Option<_>>()?;
+        let n = u32::try_from(shares.len()).ok().filter(|&n| n > 0)?;
+        Some(shares.iter().sum::<f64>() / f64::from(n))
+    }
+}
+
+/// One thread of a worker. Times are since its start, shares are of the last window (`usage_window_s`), 0 to 1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ThreadReport {
+    /// Thread id.
+    pub tid: u32,
+    /// Its name.
+    pub name: String,
+    /// Which compute thread of its worker it is; `None` for one that serves them.
+    pub thread: Option<u32>,
+    /// The CPU it ran on last.
+    pub cpu: Option<u32>,
+    /// Time on a CPU.
+    #[serde(with = "crate::float::finite_f64")]
+    pub cpu_s: f64,
+    /// Time in which it could have run and had no CPU.
+    pub wait_s: Option<f64>,
+    /// Times it was given a CPU.
+    pub timeslices: Option<u64>,
+    /// Times it moved to another CPU; `None` where the kernel does not tell.
+    pub migrations: Option<u64>,
+    /// Share of the window in which it ran.
+    pub running: Option<f64>,
+    /// Share of the window in which it could have run and had no CPU.
+    pub waiting: Option<f64>,
+}
+
+/// One CPU. Shares are of the last window, 0 to 1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CpuReport {
+    /// Its number.
+    pub cpu: u32,
+    /// The worker that owns it.
+    pub slot: Option<u32>,
+    /// Share in which it ran something, whoever's.
+    pub busy: Option<f64>,
+    /// Share that the hypervisor took.
+    pub stolen: Option<f64>,
+}
+
+/// One job that has not ended. Nothing is said of who wants it and what it is about.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobReport {
+    /// The service's name of the job, as in its logs.
+    pub job: u64,
+    /// The worker it is on.
+    pub slot: Option<u32>,
+    /// `waiting`, `prefill`, `decode`, `moving` (lost its worker), `suspect` (was on board of deaths and waits to run
+    /// alone).
+    pub phase: String,
+    /// The journal holds it.
+    pub is_durable: bool,
+    /// Tokens delivered.
+    pub tokens: u32,
+    /// Most of those there may be.
+    pub tokens_max: u32,
+    /// Tokens delivered in a second, lately.
+    pub tokens_per_s: Option<f64>,
+    /// Seconds since it was accepted.
+    #[serde(with = "crate::float::finite_f64")]
+    pub age_s: f64,
 }

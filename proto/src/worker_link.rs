@@ -240,6 +240,9 @@ pub struct WorkerLoad {
     pub image_bytes: u64,
     /// Bytes of weights that a step which generates reads now.
     pub step_bytes: u64,
+    /// Its memory, if the kernel tells; read every second or so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<WorkerMemory>,
 }
 
 /// What a worker has to do with the fast image of the model, which all workers share.
@@ -257,4 +260,25 @@ pub enum ImageState {
     Made,
     /// In use; another worker has made it, or one before.
     Mapped,
+}
+
+/// Memory of one worker, in bytes, as `/proc/PID/smaps_rollup` has it. Pages shared by n processes count 1/n in each PSS, so
+/// that the sum over all workers is what they cost together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WorkerMemory {
+    /// Pages in memory, shared ones counted in full.
+    pub rss_bytes: u64,
+    /// Pages in memory, shared ones by share.
+    pub pss_bytes: u64,
+    /// Of that the pages of no file: heap, KV cache.
+    pub pss_anon_bytes: u64,
+    /// Of that the pages of files: the model and the program.
+    pub pss_file_bytes: u64,
+    /// Of that shared memory: the model where it is a memfd.
+    pub pss_shmem_bytes: u64,
+    /// Pages swapped out.
+    pub swap_bytes: u64,
+    /// Pages that cannot be.
+    pub locked_bytes: u64,
 }

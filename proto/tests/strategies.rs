@@ -7,7 +7,7 @@ use bitnetd_proto::event::{Done, FinishReason, Timings, Token, TokenLogprobs, Us
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::{ChatMessage, GenerateRequest, Prompt, Sampling};
 use bitnetd_proto::worker_link::{
-    Confinement, FromWorker, ImageState, ModelSummary, ToWorker, WorkerLoad, WorkerSetup,
+    Confinement, FromWorker, ImageState, ModelSummary, ToWorker, WorkerLoad, WorkerMemory, WorkerSetup,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -256,7 +256,8 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
     });
     let load = (any::<(u64, u32)>(), finite_f64(), finite_f64()).prop_map(|(n, prefill_s, decode_s)| {
         let image = [ImageState::Waiting, ImageState::Mapped][n.1 as usize % 2];
-        WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, image, ..WorkerLoad::default() }
+        let memory = (n.1 % 2 == 0).then(|| WorkerMemory { pss_bytes: n.0, ..WorkerMemory::default() });
+        WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, image, memory, ..WorkerLoad::default() }
     });
     prop_oneof![
         (any::<u32>(), model, finite_f64(), any::<(u32, bool)>()).prop_map(

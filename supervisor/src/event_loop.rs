@@ -24,6 +24,7 @@ use crate::image::ModelImage;
 use crate::link::WorkerLink;
 use crate::log;
 use crate::metrics::Metrics;
+use crate::monitor::Monitor;
 use crate::notify::{Herald, Notifier};
 use crate::own_cpus;
 use crate::report;
@@ -101,6 +102,7 @@ pub(crate) struct EventLoop {
     herald: Herald,
     shelf: Shelf,
     metrics: Metrics,
+    monitor: Monitor,
     started: Instant,
     links: HashMap<SlotId, WorkerLink>,
     sinks: HashMap<JobId, JobSink>,
@@ -136,6 +138,7 @@ impl EventLoop {
             herald: Herald::new(notifier),
             shelf,
             metrics: Metrics::default(),
+            monitor: Monitor::new(),
             started: Instant::now(),
             links: HashMap::new(),
             sinks: HashMap::new(),
@@ -161,8 +164,14 @@ impl EventLoop {
         while !self.is_stopped {
             self.herald.look(&self.state, self.now());
             self.shelf.look(self.editions.present(), self.now());
+            self.monitor.look(self.state.slots().iter().filter_map(|slot| slot.pid), self.now());
             let far = Duration::from_secs(24 * 3600);
-            let deadlines = [self.state.next_deadline(), self.herald.next_due(), self.shelf.next_due()];
+            let deadlines = [
+                self.state.next_deadline(),
+                self.herald.next_due(),
+                self.shelf.next_due(),
+                self.monitor.next_due(),
+            ];
             let next = deadlines.into_iter().flatten().min().unwrap_or_else(|| self.now() + far);
             let deadline = self.started + next;
             tokio::select! {
@@ -174,13 +183,18 @@ impl EventLoop {
                         self.step(Event::StopRequested);
                     }
                 },
+                Some(reading) = self.monitor.finished() => self.monitor.take(reading),
                 () = sleep_until(deadline) => self.step(Event::TimePassed),
             }
         }
         own_cpus::keep_to(&[]);
         // What is still in the channel gets an answer by the drop of its sender.
-        let report = report::status(&self.state, &self.editions, self.now());
+        let report = self.status();
         ended.send_replace(Some(Ended { exit_code: ExitCode::Ok, report }));
+    }
+
+    fn status(&self) -> StatusReport {
+        report::status(&self.state, &self.editions, &self.monitor, self.now())
     }
 
     fn now(&self) -> Duration {
@@ -197,11 +211,11 @@ impl EventLoop {
             }
             Command::Cancel { job } => self.step(Event::JobCancelled { job }),
             Command::Status { reply } => {
-                let report = report::status(&self.state, &self.editions, self.now());
+                let report = self.status();
                 let _gone = reply.send(report);
             }
             Command::Metrics { journal, reply } => {
-                let report = report::status(&self.state, &self.editions, self.now());
+                let report = self.status();
                 let _gone = reply.send(self.metrics.render(&report::with_journal(report, journal)));
             }
             Command::Restart { number, reply } => {

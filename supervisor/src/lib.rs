@@ -17,7 +17,9 @@ mod journal; // The file that keeps durable jobs.
 mod link; // The task of one worker.
 mod listener; // The socket.
 mod log; // What the log says.
+mod meter; // How fast a counter grows.
 mod metrics; // What is counted and measured.
+mod monitor; // What workers use of the machine.
 mod notify; // What systemd is told.
 mod own_cpus; // Where the supervisor itself may run.
 mod peer; // Who a client is.

@@ -12,7 +12,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+mod usage; // What workers use of the machine.
+
 use crate::state::Note;
+use usage::UsageMetrics;
 
 /// One label and its value.
 type Label = [(&'static str, String); 1];
@@ -59,6 +62,7 @@ struct Gauges {
     kv_used: Family<Label, Gauge>,
     kv_max: Family<Label, Gauge>,
     durable_jobs: Family<Label, Gauge>,
+    usage: UsageMetrics,
     resident: Gauge,
     open_fds: Gauge,
 }
@@ -199,6 +203,7 @@ impl Gauges {
             "Durable jobs in each state; ended: results that are kept",
             self.durable_jobs.clone(),
         );
+        self.usage.register(registry);
         let resident = self.resident.clone();
         registry.register("supervisor_resident_memory_bytes", "Of the supervisor alone", resident);
         registry.register("supervisor_open_fds", "Open files of the supervisor", self.open_fds.clone());
@@ -225,6 +230,7 @@ impl Gauges {
             set(&self.kv_used, "slot", &slot, load.kv_tokens);
             set(&self.kv_max, "slot", &slot, load.kv_tokens_max);
         }
+        self.usage.set(report);
         let counts = report.journal.iter();
         let counts =
             counts.flat_map(|of| [("queued", of.queued), ("running", of.running), ("ended", of.ended)]);

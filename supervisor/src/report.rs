@@ -1,22 +1,38 @@
 //! The state in the words of the wire protocol: for `bitnetd status`, and for a worker's first message.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bitnetd_config::{Choice, HeadChoice, cpu_list};
 use bitnetd_placement::WorkerPlacement;
-use bitnetd_proto::status::{Health, JournalReport, SlotReport, StatusReport, Totals};
+use bitnetd_proto::status::{Health, JOBS_REPORTED_MAX, JournalReport, SlotReport, StatusReport, Totals};
 use bitnetd_proto::worker_link::WorkerSetup;
 
 use crate::editions::Editions;
+use crate::monitor::Monitor;
 use crate::service::ServiceSpec;
 use crate::state::{Slot, State, slot_number};
 
 /// Name and version, as in the handshake.
 pub(crate) const SERVER: &str = concat!("bitnetd/", env!("CARGO_PKG_VERSION"));
 
-pub(crate) fn status(state: &State, editions: &Editions, uptime: Duration) -> StatusReport {
+pub(crate) fn status(
+    state: &State,
+    editions: &Editions,
+    monitor: &Monitor,
+    uptime: Duration,
+) -> StatusReport {
     let mut slots: Vec<&Slot> = state.slots().iter().collect();
     slots.sort_by_key(|slot| (slot_number(slot.id), slot.id));
+    let slots: Vec<(&Slot, &WorkerPlacement)> =
+        slots.into_iter().filter_map(|slot| Some((slot, editions.of_slot(slot.id)?.1))).collect();
+    // Of two that share a CPU (during a reload) the one that stays comes last.
+    let own = |(slot, placement): &(&Slot, &WorkerPlacement)| {
+        let number = slot_number(slot.id);
+        placement.cpus.iter().map(move |&cpu| (cpu, number)).collect::<Vec<_>>()
+    };
+    let slot_of: BTreeMap<u32, u32> = slots.iter().flat_map(own).collect();
+    let (jobs, n_jobs_beyond) = state.job_reports(JOBS_REPORTED_MAX, uptime);
     StatusReport {
         server: SERVER.into(),
         pid: std::process::id(),
@@ -27,10 +43,11 @@ pub(crate) fn status(state: &State, editions: &Editions, uptime: Duration) -> St
         queue_max: editions.present().spec.config.queue.max_jobs,
         totals: state.totals(),
         journal: None,
-        slots: slots
-            .into_iter()
-            .filter_map(|slot| Some(slot_report(slot, editions.of_slot(slot.id)?.1)))
-            .collect(),
+        slots: slots.iter().map(|(slot, placement)| slot_report(slot, placement, monitor, uptime)).collect(),
+        jobs,
+        n_jobs_beyond,
+        cpus: monitor.cpus(&slot_of),
+        usage_window_s: monitor.window_s(),
     }
 }
 
@@ -56,10 +73,15 @@ pub(crate) fn nothing() -> StatusReport {
         totals: Totals::default(),
         journal: None,
         slots: Vec::new(),
+        jobs: Vec::new(),
+        n_jobs_beyond: 0,
+        cpus: Vec::new(),
+        usage_window_s: None,
     }
 }
 
-fn slot_report(slot: &Slot, placement: &WorkerPlacement) -> SlotReport {
+fn slot_report(slot: &Slot, placement: &WorkerPlacement, monitor: &Monitor, now: Duration) -> SlotReport {
+    let (prefill_per_s, decode_per_s) = slot.rates();
     SlotReport {
         slot: slot_number(slot.id),
         state: slot.state_name().into(),
@@ -69,6 +91,11 @@ fn slot_report(slot: &Slot, placement: &WorkerPlacement) -> SlotReport {
         restarts: slot.restarts,
         jobs: u32::try_from(slot.n_jobs()).unwrap_or(u32::MAX),
         load: slot.load,
+        load_age_s: slot.load_age(now).map(|age| age.as_secs_f64()),
+        prefill_per_s,
+        decode_per_s,
+        resident_bytes: slot.pid.and_then(|pid| monitor.resident_bytes(pid)),
+        threads: slot.pid.map_or_else(Vec::new, |pid| monitor.threads(pid)),
         confinement: slot.confinement,
         last_exit: slot.last_exit.clone(),
     }

@@ -11,6 +11,7 @@ mod budget; // Whether it fits in memory.
 mod inherited; // The open files that come with the process.
 mod job; // Between the wire's words and the engine's.
 mod link; // Frames in, frames out.
+mod own_memory; // What the kernel counts of us, and tells nobody else.
 pub mod sandbox; // What the process gives up, in two steps.
 mod shared_image; // What decoding reads: made by the first worker, mapped by all.
 mod startup; // From a handshake to an engine.
@@ -21,6 +22,7 @@ use bitnetd_proto::worker_link::FromWorker;
 
 use crate::inherited::Inherited;
 use crate::link::Link;
+use crate::own_memory::OwnMemory;
 use crate::sandbox::Sandbox;
 use crate::startup::{StartError, Started};
 use crate::step_loop::StepLoop;
@@ -37,10 +39,11 @@ pub fn run(hang_after: Option<u64>) -> ExitCode {
     };
     let mut link = Link::new(link);
     let started = startup::handshake(&mut link).and_then(|setup| {
+        let own_memory = OwnMemory::open();
         // Nothing of the model is read before this, and there is no second thread yet.
         let sandbox = Sandbox::enter(&setup.confinement, last_words)?;
         let started = startup::start(&setup, image, head)?;
-        let commands = link.commands().map_err(StartError::Reader)?;
+        let commands = link.commands(own_memory).map_err(StartError::Reader)?;
         // Every thread is there, everything is mapped: no prompt was seen yet.
         // The fast image is made beside the jobs; there is no other file to write to.
         let confinement = sandbox.close(started.fast_image.n_bytes())?;

@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bitnetd_proto::frame::{FrameError, encode_frame, read_frame};
-use bitnetd_proto::worker_link::{FromWorker, ToWorker};
+use bitnetd_proto::worker_link::{FromWorker, ToWorker, WorkerMemory};
+
+use crate::own_memory::OwnMemory;
 
 /// Messages that may wait between the reader and the step loop. Past that the socket fills up, which is the
 /// supervisor's to notice: it never gives a worker more jobs than fit.
@@ -23,6 +25,8 @@ pub(crate) struct Link {
 pub(crate) enum Command {
     /// The supervisor says something.
     Message(Box<ToWorker>),
+    /// What the process has in memory now.
+    Memory(WorkerMemory),
     /// The supervisor is gone, or talks nonsense; there is no reason to go on.
     Closed(Option<FrameError>),
 }
@@ -55,8 +59,9 @@ impl Link {
         Ok(())
     }
 
-    /// Starts the reader thread, and waits until it has set itself up. It ends with the link.
-    pub(crate) fn commands(&self) -> io::Result<Receiver<Command>> {
+    /// Starts the reader thread, and waits until it has set itself up. It ends with the link. With a ping comes, now and
+    /// then, what the process has in memory.
+    pub(crate) fn commands(&self, own_memory: OwnMemory) -> io::Result<Receiver<Command>> {
         let stream = self.stream.try_clone()?;
         let (sender, receiver) = sync_channel(COMMANDS_MAX);
         // A thread that is still being made needs system calls that the sandbox is about to forbid.
@@ -64,7 +69,7 @@ impl Link {
         let body = move || {
             // The one who started it waits.
             let _heard = started.send(());
-            read_all(stream, &sender);
+            read_all(stream, own_memory, &sender);
         };
         std::thread::Builder::new().name("bnd-link".into()).spawn(body)?;
         // It can only fail if the thread died, which the step loop will see.
@@ -73,7 +78,7 @@ impl Link {
     }
 }
 
-fn read_all(stream: UnixStream, commands: &SyncSender<Command>) {
+fn read_all(stream: UnixStream, mut own_memory: OwnMemory, commands: &SyncSender<Command>) {
     loop {
         let command = match read_frame(&stream) {
             Ok(Some(message)) => Command::Message(Box::new(message)),
@@ -81,8 +86,16 @@ fn read_all(stream: UnixStream, commands: &SyncSender<Command>) {
             Err(error) => Command::Closed(Some(error)),
         };
         let is_last = matches!(command, Command::Closed(_));
+        let is_ping =
+            matches!(&command, Command::Message(message) if matches!(**message, ToWorker::Ping { .. }));
         // The other end of the channel goes away only when the process ends.
         if commands.send(command).is_err() || is_last {
+            return;
+        }
+        if is_ping
+            && let Some(memory) = own_memory.read_if_due()
+            && commands.send(Command::Memory(memory)).is_err()
+        {
             return;
         }
     }

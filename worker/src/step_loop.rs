@@ -10,7 +10,7 @@ use bitnetd_engine::chat::{ChatError, ChatTemplate};
 use bitnetd_engine::{Engine, StepEvents};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::frame::FrameError;
-use bitnetd_proto::worker_link::{FromWorker, ToWorker, WorkerLoad};
+use bitnetd_proto::worker_link::{FromWorker, ToWorker, WorkerLoad, WorkerMemory};
 
 use crate::job;
 use crate::link::{Command, Link};
@@ -32,6 +32,7 @@ pub(crate) struct StepLoop {
     fast_image: SharedImage,
     link: Link,
     is_draining: bool,
+    memory: Option<WorkerMemory>,
     /// For tests of the watchdog.
     hang_after: Option<u64>,
 }
@@ -50,7 +51,7 @@ impl StepLoop {
         link: Link,
         hang_after: Option<u64>,
     ) -> Self {
-        Self { engine, template, fast_image, link, is_draining: false, hang_after }
+        Self { engine, template, fast_image, link, is_draining: false, memory: None, hang_after }
     }
 
     /// Serves until the link closes or a drain is done.
@@ -93,6 +94,7 @@ impl StepLoop {
         loop {
             match self.next_command(commands) {
                 Ok(Command::Message(message)) => self.obey(*message)?,
+                Ok(Command::Memory(memory)) => self.memory = Some(memory),
                 Err(TryRecvError::Empty) => return Ok(Next::Continue),
                 Ok(Command::Closed(None)) | Err(TryRecvError::Disconnected) => {
                     return Ok(Next::Exit(ExitCode::Ok));
@@ -168,6 +170,7 @@ impl StepLoop {
             image: self.fast_image.state(),
             image_bytes: self.fast_image.n_bytes(),
             step_bytes: self.engine.cost().bytes,
+            memory: self.memory,
         }
     }
 }

@@ -8,12 +8,14 @@ use std::time::Duration;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::event::{Done, Token};
 use bitnetd_proto::request::{GenerateRequest, Prompt};
+use bitnetd_proto::status::JobReport;
 
 use super::events::{Action, Cause, ClientId, JobId, ModelId, Note, SlotId, Standing, slot_number};
 use super::prefixes::Prefixes;
 use super::queue::Pool;
 use super::slots::{Role, Then};
 use super::{Service, Slot, State};
+use crate::meter::Meter;
 
 /// A job that dies with its worker this many times `queue.max_deaths` is given up even if it makes progress in
 /// between, so that one that costs a worker for each token does not go on for long.
@@ -64,6 +66,7 @@ pub(super) struct JobRecord {
     first_dispatch_at: Option<Duration>,
     first_token_at: Option<Duration>,
     last_token_at: Option<Duration>,
+    pace: Meter,
     deadline: Option<Duration>,
 }
 
@@ -94,6 +97,27 @@ impl JobRecord {
             to_come + delivered + prompt.saturating_sub(self.cached_tokens_guess)
         } else {
             to_come
+        }
+    }
+
+    /// For `status`.
+    fn report(&self, job: JobId, now: Duration) -> JobReport {
+        let (slot, phase) = match self.place {
+            Place::Waiting => (None, "waiting"),
+            Place::Resumed => (None, "moving"),
+            Place::Suspect => (None, "suspect"),
+            Place::OnSlot(slot) if self.is_prefilling => (Some(slot_number(slot)), "prefill"),
+            Place::OnSlot(slot) => (Some(slot_number(slot)), "decode"),
+        };
+        JobReport {
+            job,
+            slot,
+            phase: phase.into(),
+            is_durable: self.is_durable,
+            tokens: u32::try_from(self.delivered.len()).unwrap_or(u32::MAX),
+            tokens_max: self.request.max_tokens,
+            tokens_per_s: self.pace.rate(now),
+            age_s: now.saturating_sub(self.accepted_at).as_secs_f64(),
         }
     }
 
@@ -160,6 +184,7 @@ impl State {
             first_dispatch_at: None,
             first_token_at: None,
             last_token_at: None,
+            pace: Meter::default(),
             deadline,
         };
         self.jobs.insert(job, record);
@@ -231,6 +256,15 @@ impl State {
         let at_once = (n_ready * self.policy.max_batch.max(1) as usize) as f64;
         let rounds = (self.n_waiting() as f64 / 2.0 / at_once).max(0.25);
         (rounds * self.job_seconds * 1000.0).clamp(50.0, 60_000.0) as u64
+    }
+
+    /// Some jobs, those on workers first, and how many there are beyond them.
+    pub(crate) fn job_reports(&self, n_max: usize, now: Duration) -> (Vec<JobReport>, u64) {
+        let is_on_slot = |record: &JobRecord| matches!(record.place, Place::OnSlot(_));
+        let (running, rest): (Vec<_>, Vec<_>) = self.jobs.iter().partition(|(_, record)| is_on_slot(record));
+        let chosen = running.iter().chain(&rest).take(n_max);
+        let reports = chosen.map(|&(&job, record)| record.report(job, now)).collect();
+        (reports, self.jobs.len().saturating_sub(n_max) as u64)
     }
 
     /// Jobs that wait for their first worker.
@@ -390,6 +424,7 @@ impl State {
         };
         record.first_token_at.get_or_insert(now);
         record.last_token_at = Some(now);
+        record.pace.count(record.delivered.len() as u64, now);
         self.totals.tokens += 1;
         self.note(came);
         if let Some(of) = self.slot_mut(slot).filter(|of| of.alone == Some(job)) {

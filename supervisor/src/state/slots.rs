@@ -14,6 +14,7 @@ use super::events::{
 use super::prefixes::SeenPrefixes;
 use super::{Policy, Service, State};
 use crate::backoff::RestartHistory;
+use crate::meter::Meter;
 
 /// Where a slot is. `Starting`, `Ready` and `Stopping` have a process, the others have none.
 ///
@@ -103,6 +104,10 @@ pub(crate) struct Slot {
     /// A process of this slot has been ready.
     pub(super) was_ready: bool,
     pub(crate) load: WorkerLoad,
+    /// When the live process said that, if it has.
+    load_at: Option<Duration>,
+    prefill: Meter,
+    decode: Meter,
     /// What holds the live process in, once it is ready.
     pub(crate) confinement: Option<Confinement>,
     pub(crate) last_exit: Option<String>,
@@ -128,6 +133,9 @@ impl Slot {
             start_failure: None,
             was_ready: false,
             load: WorkerLoad::default(),
+            load_at: None,
+            prefill: Meter::default(),
+            decode: Meter::default(),
             confinement: None,
             last_exit: None,
             ended_for: None,
@@ -213,8 +221,23 @@ impl Slot {
         }
     }
 
+    /// Prompt tokens and generated tokens in a second, lately.
+    pub(crate) fn rates(&self) -> (Option<f64>, Option<f64>) {
+        // Between two pongs nothing is known.
+        let at = self.load_at.unwrap_or_default();
+        (self.prefill.rate(at), self.decode.rate(at))
+    }
+
+    /// Since the live process said what it does.
+    pub(crate) fn load_age(&self, now: Duration) -> Option<Duration> {
+        self.load_at.map(|at| now.saturating_sub(at))
+    }
+
     fn pong(&mut self, seq: u64, load: WorkerLoad, now: Duration, policy: &Policy) {
         self.load = load;
+        self.load_at = Some(now);
+        self.prefill.count(load.prefill_tokens, now);
+        self.decode.count(load.decode_tokens, now);
         if let Phase::Ready { watch } = &mut self.phase
             && watch.seq == seq
             && let Some(asked_at) = watch.asked_at.take()
@@ -300,6 +323,8 @@ impl State {
         };
         let reason = ended_for.and_then(|(_, reason)| reason);
         of.load = WorkerLoad::default();
+        of.load_at = None;
+        (of.prefill, of.decode) = (Meter::default(), Meter::default());
         of.confinement = None;
         of.last_exit = match (&exit, &reason, &start_failure) {
             (_, Some(reason), _) => Some(format!("killed: {reason}")),

@@ -104,6 +104,10 @@ const CALLS: &[Call] = &[
     serve(Sysno::write, "frames to the link, lines to the log, last words"),
     serve(Sysno::writev, "lines to the log that the standard library writes in pieces"),
     serve(Sysno::sendto, "frames to the link, where the standard library sends instead of writing"),
+    serve(
+        Sysno::pread64,
+        "what the process has in memory, from a file of its own that it opened before all this",
+    ),
     serve(Sysno::close, "the link and what was mapped, when the process ends"),
     only(
         serve(
