@@ -3,6 +3,8 @@
 //! `error`: someone must act. `warn`: something broke and was put right. `info`: lifecycle. `debug`: each job.
 //! Every line has fields a program can select by: `job`, `slot`, `pid`, `cause`, `code`, `signal`.
 
+use nix::sys::signal::Signal;
+
 use crate::state::{Cause, Note, slot_number};
 
 pub(crate) fn write(note: &Note) {
@@ -15,6 +17,8 @@ pub(crate) fn write(note: &Note) {
             let (code, signal) = (exit.code, exit.signal);
             let is_wanted = matches!(cause, Cause::Operator | Cause::Reload | Cause::Stop);
             if is_wanted && !exit.is_out_of_memory {
+                // A worker with nothing to do ends by the very signal that tells it to: that is its normal end.
+                let signal = signal.filter(|signal| *signal != Signal::SIGTERM as i32);
                 tracing::info!(slot, pid, code, signal, n_jobs, cause = cause_name, "worker ended");
             } else {
                 tracing::warn!(
