@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use bitnetd_config::{Config, ISAS, SPECULATIONS, SplitConfig};
 use bitnetd_placement::{Limits, Machine, Plan, PlanError};
 use bitnetd_proto::request::GenerateRequest;
+use bitnetd_proto::status::StatusReport;
 use bitnetd_proto::worker_link::{ModelSummary, WorkerLoad};
 use bitnetd_supervisor::{ClientId, Job, JobEvent, ModelSource, Service, ServiceSpec};
 use clap::Args;
@@ -147,6 +148,11 @@ impl Local {
     pub(crate) async fn start(&self, request: GenerateRequest) -> Result<LocalJob, CliError> {
         let job = self.service.submit(ClientId::InProcess, request).await?;
         Ok(LocalJob { is_new: true, job })
+    }
+
+    /// How the service is.
+    pub(crate) async fn status(&self) -> StatusReport {
+        self.service.status().await
     }
 
     /// What every worker said last about itself.

@@ -25,6 +25,7 @@ mod request_args; // The flags that say what to generate.
 mod run;
 mod runtime; // The event loop, and Ctrl-C.
 mod serve;
+mod stats; // What the cores did meanwhile, for `run` and `batch`.
 mod submit;
 mod terminal; // Everything that is written to stdout and stderr.
 mod top; // The daemon at work, on the whole screen.

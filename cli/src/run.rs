@@ -5,13 +5,15 @@ use std::io::IsTerminal as _;
 use bitnetd_config::{Config, QueueConfig};
 use bitnetd_proto::exit_code::ExitCode;
 use clap::Args;
+use serde::Serialize;
 
 use crate::answer::{self, Answer, Collector};
 use crate::error::CliError;
-use crate::local::{self, Local, ModelArgs};
+use crate::local::{self, Local, LocalJob, ModelArgs};
 use crate::logging::{self, LogArgs};
 use crate::request_args::{GenerationArgs, PromptArgs};
 use crate::runtime;
+use crate::stats::{Baseline, Stats};
 use crate::terminal;
 
 /// `bitnetd run`
@@ -29,6 +31,9 @@ pub(crate) struct RunArgs {
     /// Print one JSON object at the end instead of the text as it comes
     #[arg(long, help_heading = "Output")]
     json: bool,
+    /// Say at the end what each core and thread did (on stderr; with --json as `stats`)
+    #[arg(long, help_heading = "Output")]
+    stats: bool,
     #[command(flatten)]
     generation: GenerationArgs,
     #[command(flatten)]
@@ -64,13 +69,45 @@ pub(crate) fn main(args: &RunArgs, log: &LogArgs) -> Result<ExitCode, CliError> 
         if !log.quiet && !args.json && !args.generation.is_chat() && is_seen_by_a_person() {
             terminal::echo_prompt(&prompt);
         }
+        let baseline = if args.stats { Some(Baseline::take(&local).await) } else { None };
         let mut job = local.start(request).await?;
-        let answer = answer::print(&mut job, collector, args.json).await?;
+        let answer = if let Some(baseline) = baseline {
+            with_stats(&local, baseline, &mut job, collector, args.json).await?
+        } else {
+            answer::print(&mut job, collector, args.json).await?
+        };
         if !log.quiet {
             terminal::say(&closing_line(&local, &answer));
         }
         Ok(ExitCode::Ok)
     }))
+}
+
+/// The answer with `--json` and what the cores did, in one object.
+#[derive(Debug, Serialize)]
+struct AnswerWithStats<'a> {
+    #[serde(flatten)]
+    answer: &'a Answer,
+    stats: &'a Stats,
+}
+
+/// Prints the answer, and what the cores did for it.
+async fn with_stats(
+    local: &Local,
+    baseline: Baseline,
+    job: &mut LocalJob,
+    collector: Collector,
+    as_json: bool,
+) -> Result<Answer, CliError> {
+    if !as_json {
+        let answer = answer::print(job, collector, false).await?;
+        terminal::say(&baseline.finish(local).await.table());
+        return Ok(answer);
+    }
+    let answer = collector.collect(job, async |_| Ok(())).await?;
+    let stats = &baseline.finish(local).await;
+    terminal::put(answer::json_line(&AnswerWithStats { answer: &answer, stats })?.as_bytes())?;
+    Ok(answer)
 }
 
 /// Whether text and talk meet on one screen.

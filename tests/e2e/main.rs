@@ -17,7 +17,7 @@ mod deaths; // Workers and supervisors that are killed.
 mod durable; // Jobs that survive everything.
 mod journal; // The journal of systemd, with a stand-in.
 mod metrics; // What is counted and measured, printed and scraped.
-mod monitor; // What runs where, as `status` and `top` tell.
+mod monitor; // What runs where, as `status`, `top` and `--stats` tell.
 mod reload; // From one configuration to the next.
 mod reuse; // What was read or said before saves work and changes nothing.
 mod run; // One answer.

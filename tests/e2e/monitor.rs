@@ -128,6 +128,32 @@ fn an_ordinary_user_sees_as_much() {
     assert_all_is_there(&report_of_work(&daemon));
 }
 
+#[test]
+fn stats_say_what_each_core_did() {
+    let folder = Folder::new();
+    let answer = folder.run_prompt("run --stats --json -n 100 -t 1 -s 1 --temp 1 -q", "Once").json();
+    assert_eq!(answer["index"], 0);
+    let stats = &answer["stats"];
+    assert_eq!(stats["cpus"].as_array().unwrap().len(), 1, "{stats}");
+    let worker = &stats["workers"][0];
+    assert_eq!(worker["threads"][0]["name"], "bnd-w0-t0", "{stats}");
+    for figure in ["cpu_seconds", "decode_tokens", "decode_per_s", "prefill_tokens"] {
+        assert!(worker[figure].as_f64().unwrap() > 0.0, "{figure}: {stats}");
+    }
+    assert!(worker["memory"]["pss_bytes"].as_u64().unwrap() > 0, "{stats}");
+
+    let shown = folder.run_prompt("run --stats -n 10 -t 1 -q", "Once");
+    assert!(
+        shown.stderr.starts_with("cores and threads in ") && shown.stderr.contains("bnd-w0-t0"),
+        "{shown:?}"
+    );
+    folder.write("prompts.txt", "Once\nOne day\n");
+    let batch = folder.run("batch prompts.txt --stats --json -n 10 --workers 2 --threads 1 -q");
+    let stats: serde_json::Value = serde_json::from_str(&batch.stderr).unwrap();
+    assert_eq!(stats["workers"].as_array().unwrap().len(), 2, "{stats}");
+    assert_eq!(batch.stdout.lines().count(), 2, "{batch:?}");
+}
+
 /// `top` on a terminal of its own.
 struct Top {
     child: std::process::Child,

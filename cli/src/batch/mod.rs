@@ -17,7 +17,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::task::{JoinSet, LocalSet};
 
-use crate::answer::{Answer, Collector};
+use crate::answer::{self, Answer, Collector};
 use crate::batch::input::{Format, Item};
 use crate::batch::output::Results;
 use crate::batch::summary::Summary;
@@ -29,6 +29,7 @@ use crate::logging::{self, LogArgs};
 use crate::request_args::GenerationArgs;
 use crate::run::parse_count;
 use crate::runtime;
+use crate::stats::Baseline;
 use crate::terminal::{self, Printer};
 
 /// `bitnetd batch`
@@ -61,6 +62,9 @@ pub(crate) struct BatchArgs {
     /// Print results as JSONL instead of for people
     #[arg(long, help_heading = "Output")]
     json: bool,
+    /// Say at the end what each core and thread did, on stderr (with --json as one JSON object)
+    #[arg(long, help_heading = "Output", conflicts_with = "socket")]
+    stats: bool,
     /// Prompts worked on at a time; without it, as many as all workers take together (8 with --socket)
     #[arg(short = 'P', long, value_name = "N", value_parser = parse_count)]
     parallel: Option<usize>,
@@ -196,7 +200,15 @@ pub(crate) fn main(args: &BatchArgs, log: &LogArgs) -> Result<ExitCode, CliError
                 batch.bar.suspend(|| terminal::say(&format!("[{}]", local.describe())));
             }
             let n_together = args.parallel.unwrap_or_else(|| local.n_together(max_batch));
-            batch.work(Backend::Local(Rc::new(local)), todo, n_together).await
+            let baseline = if args.stats { Some(Baseline::take(&local).await) } else { None };
+            let local = Rc::new(local);
+            let outcome = batch.work(Backend::Local(local.clone()), todo, n_together).await?;
+            if let Some(baseline) = baseline {
+                let stats = baseline.finish(&local).await;
+                let shown = if args.json { answer::json_line(&stats)? } else { stats.table() };
+                terminal::say(shown.trim_end());
+            }
+            Ok(outcome)
         })
         .await
     })
