@@ -6,7 +6,8 @@ use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use bitnetd_proto::worker_link::Confinement;
+use bitnetd_proto::status::SlotReport;
+use bitnetd_proto::worker_link::{Confinement, ImageState};
 use nix::libc;
 use nix::sys::signal::Signal;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
@@ -83,6 +84,23 @@ fn every_thread_of_every_worker_is_confined() {
     }
     let status = folder.run("status --socket %/bitnetd.sock").ok();
     assert!(status.contains("confined landlock ") && status.contains(" and seccomp\n"), "{status}");
+}
+
+#[test]
+fn a_worker_may_write_the_fast_image_and_no_byte_more() {
+    let folder = Folder::new();
+    folder.write("c.toml", "[model]\nhead = \"fast\"\n[split]\nworkers = 2\nthreads = 1\n");
+    let daemon = Daemon::start(&folder, "-c %/c.toml");
+    let size = wait_for("the image is made", || {
+        let slots = daemon.status()?.slots;
+        let is_used = |slot: &SlotReport| matches!(slot.load.image, ImageState::Made | ImageState::Mapped);
+        slots.iter().all(is_used).then(|| slots[0].load.image_bytes.to_string())
+    });
+    for pid in daemon.workers() {
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let limit = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap();
+        assert_eq!(limit.split_whitespace().take(2).collect::<Vec<_>>(), [size.as_str(), size.as_str()]);
+    }
 }
 
 #[test]
