@@ -168,6 +168,9 @@ async fn serve(
     // A limit of file sizes is to be an error that is told, not a death.
     let _file_size =
         signal(SignalKind::from_raw(SIGXFSZ)).map_err(|error| CliError::os("handle signals", error))?;
+    if config.engine.mlock {
+        bitnetd_supervisor::allow_locked_memory();
+    }
     if config.security.confinement != Confinement::Off {
         // The socket has its owner: nothing is left that needs more than a user's rights.
         bitnetd_supervisor::reduce_privileges()

@@ -1,7 +1,8 @@
 //! Enums whose values have names in the configuration file.
 
 use crate::sections::{
-    Confinement, CoreChoice, HeadChoice, LogFormat, NumaPolicy, Profile, SchedulerChoice, SmtPolicy,
+    Confinement, CopyPolicy, CoreChoice, HeadChoice, LogFormat, NumaPolicy, Profile, SchedulerChoice,
+    SmtPolicy,
 };
 
 /// A closed set of named values.
@@ -57,6 +58,10 @@ impl Choice for NumaPolicy {
         ("interleave", Self::Interleave),
         ("off", Self::Off),
     ];
+}
+
+impl Choice for CopyPolicy {
+    const CHOICES: &'static [(&'static str, Self)] = &[("none", Self::None), ("node", Self::Node)];
 }
 
 impl Choice for Confinement {

@@ -82,6 +82,7 @@ impl Config {
                 "smt" => quoted(self.affinity.smt.name()),
                 "cores" => quoted(self.affinity.cores.name()),
                 "numa" => quoted(self.affinity.numa.name()),
+                "copies" => quoted(self.affinity.copies.name()),
                 _ => return None,
             }),
             "engine" => self.engine_value(key.name),
@@ -159,6 +160,7 @@ impl Config {
             "nice" => self.engine.nice.to_string(),
             "scheduler" => quoted(self.engine.scheduler.name()),
             "speculation" => quoted(&self.engine.speculation),
+            "mlock" => self.engine.mlock.to_string(),
             "memory_mib" => self.engine.memory_mib?.to_string(),
             _ => return None,
         })

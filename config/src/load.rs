@@ -163,6 +163,7 @@ fn affinity(table: &mut Table<'_, '_, '_>) -> AffinityConfig {
         smt: table.get("smt", choice).unwrap_or_default(),
         cores: table.get("cores", choice).unwrap_or_default(),
         numa: table.get("numa", choice).unwrap_or_default(),
+        copies: table.get("copies", choice).unwrap_or_default(),
     }
 }
 
@@ -185,8 +186,13 @@ fn engine(table: &mut Table<'_, '_, '_>) -> EngineConfig {
         speculation: table
             .get("speculation", |value| word(value, schema::SPECULATIONS))
             .unwrap_or(default.speculation),
+        mlock: table.get("mlock", boolean).unwrap_or(default.mlock),
         memory_mib: table.get("memory_mib", |value| integer(value, 1..=1 << 30)),
     }
+}
+
+fn boolean(value: &DeValue<'_>) -> Result<bool, Refusal> {
+    value.as_bool().ok_or_else(|| Refusal::expected("true or false", value))
 }
 
 fn nice(value: &DeValue<'_>) -> Result<i8, Refusal> {

@@ -93,6 +93,11 @@ pub const KEYS: &[Key] = &[
         "numa",
         "Memory of a worker: \"auto\" (bound to its node if the machine has several), \"bind\", \"preferred\", \"interleave\"\n(over the nodes of its CPUs), \"off\" (left to the kernel).",
     ),
+    key(
+        "affinity",
+        "copies",
+        "The model in memory: \"none\" (all workers read one), \"node\" (each memory node that has workers gets its own copy,\nmade once by the first of them; it takes the model's size for each node; nothing on a machine with one node).",
+    ),
     absent("engine", "ctx", "4096", "Context window in tokens. Without it the model's own."),
     key("engine", "max_batch", "Sequences one worker works on together."),
     key(
@@ -130,6 +135,11 @@ pub const KEYS: &[Key] = &[
         "engine",
         "speculation",
         "Guess what comes next from the text so far and check several tokens in one step: \"auto\" (where it pays),\n\"off\". The answers are the same.",
+    ),
+    key(
+        "engine",
+        "mlock",
+        "Keep model and KV cache in memory, whatever else wants it. Needs a limit of locked memory that is large enough:\nLimitMEMLOCK= in a unit, `ulimit -l` in a shell.",
     ),
     absent(
         "engine",

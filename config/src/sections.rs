@@ -103,6 +103,8 @@ pub struct AffinityConfig {
     pub cores: CoreChoice,
     /// Memory placement.
     pub numa: NumaPolicy,
+    /// How often the model is in memory.
+    pub copies: CopyPolicy,
 }
 
 /// `affinity.smt`
@@ -145,6 +147,16 @@ pub enum NumaPolicy {
     Off,
 }
 
+/// `affinity.copies`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopyPolicy {
+    /// All workers read one.
+    #[default]
+    None,
+    /// Each memory node with workers has its own, if there are several nodes.
+    Node,
+}
+
 /// `[engine]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -168,6 +180,8 @@ pub struct EngineConfig {
     pub scheduler: SchedulerChoice,
     /// Guess tokens from the text so far and check several in a step: `auto` (where it pays), `off`.
     pub speculation: String,
+    /// Keep the model and the KV cache in memory, whatever else wants it.
+    pub mlock: bool,
     /// MiB that the model and all workers may take together; `None` takes what there is at the start.
     pub memory_mib: Option<u32>,
 }
@@ -195,6 +209,7 @@ impl Default for EngineConfig {
             nice: 0,
             scheduler: SchedulerChoice::Normal,
             speculation: "auto".into(),
+            mlock: false,
             memory_mib: None,
         }
     }

@@ -42,7 +42,7 @@ prop_compose! {
         path in prop::option::of("/[a-zA-Z0-9 _.'\"\\\\é-]{1,40}"),
         alias in prop::option::of("[a-zA-Z0-9 .:'\"\\\\é-]{1,40}"),
         (head, split) in (choice(), split()),
-        affinity in (cpus(9), choice(), choice(), choice()),
+        affinity in (cpus(9), choice(), choice(), choice(), choice()),
         (ctx, max_batch, prefill_chunk) in (prop::option::of(16..100_000_u32), 1..=256_u32, 1..=8192_u32),
         journal in prop_oneof![
             Just(JournalChoice::Usual),
@@ -55,11 +55,11 @@ prop_compose! {
         (confinement, format, nice, scheduler) in (choice(), choice(), -20..=19_i8, choice()),
         (owner, group) in (prop::option::of("[a-z_][a-z0-9._-]{0,20}"), prop::option::of("[0-9]{1,9}")),
     ) -> Config {
-        let (reserve, smt, cores, numa) = affinity;
+        let (reserve, smt, cores, numa, copies) = affinity;
         Config {
             model: ModelConfig { path: path.map(Into::into), alias, head },
             split,
-            affinity: AffinityConfig { reserve, smt, cores, numa },
+            affinity: AffinityConfig { reserve, smt, cores, numa, copies },
             engine: EngineConfig {
                 ctx,
                 max_batch,
@@ -67,6 +67,7 @@ prop_compose! {
                 isa: isa.into(),
                 nice,
                 scheduler,
+                mlock: nice < 0,
                 memory_mib: ctx,
                 ..EngineConfig::default()
             },

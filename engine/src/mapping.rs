@@ -282,6 +282,31 @@ impl Deref for Mapping {
     }
 }
 
+/// When the pages of locked memory come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockPages {
+    /// All of them before [`lock`] returns.
+    Now,
+    /// Each as it is first touched.
+    WhenTouched,
+}
+
+/// Keeps the pages of `memory` in memory until it is unmapped.
+///
+/// # Errors
+/// Beyond the limit of locked memory, or there is not so much memory.
+pub fn lock<T>(memory: &[T], pages: LockPages) -> io::Result<()> {
+    let flags: libc::c_uint = match pages {
+        LockPages::Now => 0,
+        LockPages::WhenTouched => libc::MLOCK_ONFAULT,
+    };
+    // Not the C library's function: without flags that makes another call, which a filter of calls would have to know.
+    // SAFETY: the range is that of a live slice; locking moves pages at most and changes no byte. For a range that is not
+    // mapped the call would only fail.
+    let result = unsafe { libc::syscall(libc::SYS_mlock2, memory.as_ptr(), size_of_val(memory), flags) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 impl AsRef<[u8]> for Mapping {
     fn as_ref(&self) -> &[u8] {
         self

@@ -134,6 +134,12 @@ impl Machine {
         kinds.next().is_some_and(|first| kinds.any(|kind| kind != first))
     }
 
+    /// Memory nodes that have memory.
+    #[must_use]
+    pub fn n_memory_nodes(&self) -> usize {
+        self.nodes.iter().filter(|node| node.memory_bytes != Some(0)).count()
+    }
+
     /// The node whose memory is nearest to CPUs of node `id`: that node itself unless it has no memory.
     #[must_use]
     pub fn memory_node(&self, id: u32) -> Option<u32> {

@@ -1,6 +1,8 @@
 //! Plans with their reasons, for the machines people have.
 
-use bitnetd_config::{AffinityConfig, Choice, CoreChoice, NumaPolicy, Profile, SmtPolicy, SplitConfig};
+use bitnetd_config::{
+    AffinityConfig, Choice, CopyPolicy, CoreChoice, NumaPolicy, Profile, SmtPolicy, SplitConfig,
+};
 use bitnetd_placement::{Machine, candidates, plan, plan_as_measured};
 
 use crate::support::{NAMES, named_machine};
@@ -63,6 +65,7 @@ fn counts_and_policies() {
     let default = AffinityConfig::default;
     let pack = || AffinityConfig { smt: SmtPolicy::Pack, ..default() };
     let off = || AffinityConfig { smt: SmtPolicy::Off, ..default() };
+    let copies = || AffinityConfig { copies: CopyPolicy::Node, ..default() };
     let cores = |cores| AffinityConfig { cores, ..default() };
     let cases = [
         ("6 cores 12 threads", counts(3, 2), default()),
@@ -73,6 +76,11 @@ fn counts_and_policies() {
         ("6 cores 12 threads", counts(3, 3), AffinityConfig { reserve: vec![0, 6], ..default() }),
         ("6 cores 12 threads", counts(1, 2), AffinityConfig { reserve: vec![12], ..default() }),
         ("CPU-less nodes", counts(3, 5), default()),
+        ("EPYC 12 CCDs NPS4", SplitConfig::Profile(Profile::Auto), copies()),
+        ("CPU-less nodes", counts(3, 5), copies()),
+        ("CPU-less nodes", counts(1, 4), copies()),
+        ("CPU-less nodes", counts(2, 4), AffinityConfig { numa: NumaPolicy::Off, ..copies() }),
+        ("6 cores 12 threads", counts(2, 3), copies()),
         ("laptop 2P+8E+2LP-E", counts(1, 4), default()),
         ("laptop 2P+8E+2LP-E", counts(2, 4), cores(CoreChoice::Efficiency)),
         ("laptop 2P+8E+2LP-E", counts(1, 14), default()),
@@ -88,6 +96,23 @@ fn counts_and_policies() {
         format!("{name}, {split:?}, {affinity:?}\n{}", words(&named_machine(name), &split, &affinity))
     });
     insta::assert_snapshot!(shown.join("\n"));
+}
+
+#[test]
+fn workers_of_a_node_read_its_copy_and_no_other() {
+    let affinity = AffinityConfig { copies: CopyPolicy::Node, ..AffinityConfig::default() };
+    let of = |name, workers, threads| {
+        let split = SplitConfig::Counts { workers, threads };
+        let plan = plan(&named_machine(name), &split, &affinity).unwrap();
+        let nodes: Vec<Option<u32>> = plan.workers.iter().map(|worker| worker.copy_node).collect();
+        (nodes, plan.n_copies())
+    };
+    let on = |nodes: &[u32]| nodes.iter().copied().map(Some).collect::<Vec<_>>();
+    assert_eq!(of("2 Xeons with SNC", 8, 8), (on(&[0, 0, 1, 1, 2, 2, 3, 3]), 4));
+    assert_eq!(of("2 Xeons with SNC", 1, 8), (on(&[0]), 1));
+    assert_eq!(of("CPU-less nodes", 4, 4), (on(&[0, 0, 3, 3]), 2), "where the memory is, not the CPUs");
+    assert_eq!(of("CPU-less nodes", 3, 5), (vec![Some(0), None, Some(3)], 3), "one is on both");
+    assert_eq!(of("6 cores 12 threads", 2, 6), (vec![None; 2], 1), "there is but one node");
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use bitnetd_config::{AffinityConfig, Choice, CoreChoice, NumaPolicy, Profile, SmtPolicy, SplitConfig};
+use bitnetd_config::{
+    AffinityConfig, Choice, CopyPolicy, CoreChoice, NumaPolicy, Profile, SmtPolicy, SplitConfig,
+};
 use bitnetd_placement::{Machine, candidates, plan};
 use proptest::prelude::*;
 
@@ -32,12 +34,14 @@ fn split() -> impl Strategy<Value = SplitConfig> {
 
 fn affinity() -> impl Strategy<Value = AffinityConfig> {
     let reserve = prop::collection::btree_set(0..16_u32, 0..4);
-    (reserve, choice::<SmtPolicy>(), choice::<CoreChoice>(), choice::<NumaPolicy>()).prop_map(
-        |(reserve, smt, cores, numa)| AffinityConfig {
+    let copies = choice::<CopyPolicy>();
+    (reserve, choice::<SmtPolicy>(), choice::<CoreChoice>(), choice::<NumaPolicy>(), copies).prop_map(
+        |(reserve, smt, cores, numa, copies)| AffinityConfig {
             reserve: reserve.into_iter().collect(),
             smt,
             cores,
             numa,
+            copies,
         },
     )
 }
@@ -74,6 +78,9 @@ proptest! {
             if affinity.smt == SmtPolicy::Off {
                 let cores: BTreeSet<u32> = worker.cpus.iter().map(|cpu| machine.cpu(*cpu).unwrap().core).collect();
                 prop_assert_eq!(cores.len(), worker.cpus.len());
+            }
+            if let Some(node) = worker.copy_node {
+                prop_assert_eq!(&worker.memory_nodes, &[node], "a copy is where its worker's memory is: {:?}", made);
             }
             for &node in &worker.memory_nodes {
                 prop_assert!(machine.nodes.iter().any(|other| other.id == node && other.memory_bytes != Some(0)));

@@ -23,6 +23,10 @@ pub const WORKER_HEAD_FD: i32 = 5;
 /// File descriptor of the pipe on which a worker says why it dies.
 pub const WORKER_LAST_WORDS_FD: i32 = 6;
 
+/// File descriptor of the memory for a copy of the model, shared by the workers of one memory node: empty, or filled and
+/// sealed. Not there unless [`WorkerSetup::has_copy`].
+pub const WORKER_COPY_FD: i32 = 7;
+
 /// From the supervisor to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -85,8 +89,14 @@ pub struct WorkerSetup {
     pub huge_pages: String,
     /// `auto` or `off`.
     pub speculation: String,
+    /// Lock the model and the KV cache in memory.
+    pub mlock: bool,
     /// How many workers there are; each takes its own memory for keys and values.
     pub n_workers: u32,
+    /// How often the model is in memory, for all workers together.
+    pub n_copies: u32,
+    /// Whether there is memory for a copy of the model at [`WORKER_COPY_FD`], which is to be read instead of the image.
+    pub has_copy: bool,
     /// Bytes that the model and all workers may take together; 0 if that is not known.
     pub memory_bytes: u64,
     /// `auto`, `require` or `off`.

@@ -221,7 +221,10 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
                 wait: "hybrid".into(),
                 huge_pages: "auto".into(),
                 speculation: "auto".into(),
+                mlock: n.0 % 2 == 0,
                 n_workers: 3,
+                n_copies: n.1,
+                has_copy: n.1 % 2 == 0,
                 memory_bytes: 1 << 33,
                 confinement: "auto".into(),
             }

@@ -28,19 +28,23 @@ use bitnetd_config::{NumaPolicy, SERVICE_MANAGER_VARIABLES, SchedulerChoice};
 use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD};
+use bitnetd_proto::worker_link::{
+    WORKER_COPY_FD, WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD,
+};
 use command_fds::{CommandFdExt, FdMapping};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl::set_pdeathsig;
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpid, getppid, pipe2};
 use tokio::net::UnixStream;
 use tokio::process::{ChildStderr, Command};
 
 use crate::image::ModelImage;
+use crate::node_copy::NodeCopy;
 use crate::state::{StopSignal, WorkerExit};
 
 /// Memory nodes a mask has room for, as in the kernel's largest configuration.
@@ -60,10 +64,14 @@ pub(crate) struct SpawnSpec<'a> {
     pub(crate) program: &'a Path,
     pub(crate) args: &'a [OsString],
     pub(crate) image: &'a ModelImage,
+    /// The copy that the workers of its node read.
+    pub(crate) copy: Option<&'a NodeCopy>,
     pub(crate) placement: &'a WorkerPlacement,
     pub(crate) numa: NumaPolicy,
     pub(crate) nice: i8,
     pub(crate) scheduler: SchedulerChoice,
+    /// Whether it will lock memory.
+    pub(crate) is_locked: bool,
 }
 
 /// Why a process could not be started.
@@ -249,7 +257,10 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     ours.set_nonblocking(true).map_err(SpawnError::Descriptors)?;
     let ours = UnixStream::from_std(ours).map_err(SpawnError::Descriptors)?;
     let image = spec.image.model().try_clone_to_owned().map_err(SpawnError::Descriptors)?;
-    let head = spec.image.head().try_clone_to_owned().map_err(SpawnError::Descriptors)?;
+    let head = spec.copy.map_or_else(|| spec.image.head(), NodeCopy::image);
+    let head = head.try_clone_to_owned().map_err(SpawnError::Descriptors)?;
+    let copy = spec.copy.map(|copy| copy.model().try_clone_to_owned()).transpose();
+    let copy = copy.map_err(SpawnError::Descriptors)?;
 
     let (last_words, words_in) =
         pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|error| SpawnError::Descriptors(error.into()))?;
@@ -263,12 +274,13 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     for variable in SERVICE_MANAGER_VARIABLES {
         command.env_remove(variable);
     }
-    let mappings = vec![
+    let mut mappings = vec![
         FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: WORKER_LINK_FD },
         FdMapping { parent_fd: image, child_fd: WORKER_IMAGE_FD },
         FdMapping { parent_fd: head, child_fd: WORKER_HEAD_FD },
         FdMapping { parent_fd: words_in, child_fd: WORKER_LAST_WORDS_FD },
     ];
+    mappings.extend(copy.map(|copy| FdMapping { parent_fd: copy, child_fd: WORKER_COPY_FD }));
     let collision = |_| SpawnError::Descriptors(io::ErrorKind::AlreadyExists.into());
     command.fd_mappings(mappings).map_err(collision)?;
     // SAFETY: `apply` makes system calls on values that were made before the fork; it neither allocates, nor
@@ -297,6 +309,8 @@ struct ChildSetup {
     memory: Option<MemoryPolicy>,
     nice: i8,
     scheduler: SchedulerChoice,
+    /// The most memory it may lock, from the start.
+    locked_max: Option<rlim_t>,
 }
 
 #[derive(Clone, Copy)]
@@ -315,7 +329,10 @@ impl ChildSetup {
         let cpus = (!spec.placement.cpus.is_empty()).then_some(set);
         let nodes = &spec.placement.memory_nodes;
         let memory = if nodes.is_empty() { None } else { Some(MemoryPolicy::new(nodes, spec.numa)?) };
-        Ok(Self { parent: getpid(), cpus, memory, nice: spec.nice, scheduler: spec.scheduler })
+        let limits = spec.is_locked.then(|| getrlimit(Resource::RLIMIT_MEMLOCK)).transpose();
+        let locked_max = limits.unwrap_or_default().map(|(_soft, hard)| hard);
+        let (nice, scheduler) = (spec.nice, spec.scheduler);
+        Ok(Self { parent: getpid(), cpus, memory, nice, scheduler, locked_max })
     }
 
     /// Runs in the child, between fork and exec.
@@ -329,6 +346,9 @@ impl ChildSetup {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
         self.take_priority()?;
+        if let Some(max) = self.locked_max {
+            setrlimit(Resource::RLIMIT_MEMLOCK, max, max)?;
+        }
         self.memory.as_ref().map_or(Ok(()), MemoryPolicy::apply)
     }
 
@@ -350,7 +370,7 @@ impl ChildSetup {
 
 /// Whatever else the supervisor was started with (a shell's stray descriptors, say) is none of a worker's business.
 fn close_others_at_exec() -> io::Result<()> {
-    const FIRST: libc::c_uint = WORKER_LAST_WORDS_FD.unsigned_abs() + 1;
+    const FIRST: libc::c_uint = WORKER_COPY_FD.unsigned_abs() + 1;
     // SAFETY: The call takes three numbers and only marks descriptors of this process; none is closed before exec.
     let result =
         unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };

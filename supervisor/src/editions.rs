@@ -1,6 +1,6 @@
 //! What the workers of each slot are started with: one edition for each configuration that still has slots.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bitnetd_placement::WorkerPlacement;
@@ -8,6 +8,7 @@ use bitnetd_proto::error::WireError;
 use bitnetd_proto::worker_link::WorkerSetup;
 
 use crate::image::{ModelImage, ModelSource};
+use crate::node_copy::{self, NodeCopies};
 use crate::report;
 use crate::service::ServiceSpec;
 use crate::state::{Edition, ModelId, NewConfig, Policy, SlotId, State, slot_edition, slot_number};
@@ -17,6 +18,8 @@ use crate::state::{Edition, ModelId, NewConfig, Policy, SlotId, State, slot_edit
 pub(crate) struct Prepared {
     pub(crate) spec: ServiceSpec,
     pub(crate) image: Arc<ModelImage>,
+    /// Copies of it that nodes of their own have.
+    pub(crate) copies: NodeCopies,
     /// The edition that brought the model.
     model: ModelId,
 }
@@ -29,8 +32,8 @@ pub(crate) struct Editions {
 }
 
 impl Editions {
-    pub(crate) fn new(spec: ServiceSpec, image: ModelImage) -> Self {
-        let first = Prepared { spec, image: Arc::new(image), model: 0 };
+    pub(crate) fn new(spec: ServiceSpec, image: ModelImage, copies: NodeCopies) -> Self {
+        let first = Prepared { spec, image: Arc::new(image), copies, model: 0 };
         Self { present: 0, all: BTreeMap::from([(0, first)]) }
     }
 
@@ -65,9 +68,12 @@ impl Editions {
         let edition = self.unused();
         let model = if is_same_model { present.model } else { edition };
         let image = if is_same_model { present.image.clone() } else { Arc::new(opened) };
+        let there = if is_same_model { present.copies.clone() } else { NodeCopies::new() };
+        let copies = node_copy::for_plan(&spec.plan, &there).map_err(|error| error.to_wire())?;
         // How many others there are, and what all may take together, matters only when a worker starts.
         let settings = |number, spec: &ServiceSpec, place: &WorkerPlacement| WorkerSetup {
             n_workers: 0,
+            n_copies: 0,
             memory_bytes: 0,
             ..report::worker_setup(number, spec, place)
         };
@@ -82,7 +88,7 @@ impl Editions {
             is_same.then_some(slot)
         });
         let config = NewConfig { edition, policy: Policy::new(&spec.config), model, seats: seats.collect() };
-        self.all.insert(edition, Prepared { spec, image, model });
+        self.all.insert(edition, Prepared { spec, image, copies, model });
         Ok(config)
     }
 
@@ -98,13 +104,24 @@ impl Editions {
         }
     }
 
-    /// Forgets the editions that have no slot any more, and with them their models.
+    /// Forgets the editions that have no slot any more, and with them their models; and copies for nodes without one.
     pub(crate) fn forget_unused(&mut self, state: &State) {
         let (present, change) = (self.present, state.edition_on_trial());
         self.all.retain(|&edition, _| {
             let is_used = state.slots().iter().any(|slot| slot_edition(slot.id) == edition);
             is_used || edition == present || Some(edition) == change
         });
+        for (&edition, prepared) in &mut self.all {
+            if edition == present || Some(edition) == change || prepared.copies.is_empty() {
+                continue;
+            }
+            let slots = state.slots().iter().filter(|slot| slot_edition(slot.id) == edition);
+            let places = slots.filter_map(|slot| {
+                prepared.spec.plan.workers.get(usize::try_from(slot_number(slot.id)).ok()?)
+            });
+            let nodes: BTreeSet<u32> = places.filter_map(|place| place.copy_node).collect();
+            prepared.copies.retain(|node, _| nodes.contains(node));
+        }
     }
 
     fn unused(&self) -> Edition {

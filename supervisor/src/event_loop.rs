@@ -25,6 +25,7 @@ use crate::link::WorkerLink;
 use crate::log;
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
+use crate::node_copy::NodeCopies;
 use crate::notify::{Herald, Notifier};
 use crate::own_cpus;
 use crate::report;
@@ -122,7 +123,7 @@ pub(crate) struct EventLoop {
 impl EventLoop {
     pub(crate) fn new(
         spec: ServiceSpec,
-        image: ModelImage,
+        (image, copies): (ModelImage, NodeCopies),
         notifier: Notifier,
         shelf: Shelf,
         readiness: watch::Sender<Readiness>,
@@ -133,7 +134,7 @@ impl EventLoop {
         let (events, events_in) = mpsc::channel(EVENTS_MAX);
         Self {
             state: State::new(policy, n_slots, seeds.hash_one("restart jitter")),
-            editions: Editions::new(spec, image),
+            editions: Editions::new(spec, image, copies),
             reloads: HashMap::new(),
             herald: Herald::new(notifier),
             shelf,
@@ -365,10 +366,12 @@ impl EventLoop {
             program: &edition.spec.worker_program,
             args: &edition.spec.worker_args,
             image: &edition.image,
+            copy: placement.copy_node.and_then(|node| edition.copies.get(&node)).map(Arc::as_ref),
             placement,
             numa: edition.spec.config.affinity.numa,
             nice: edition.spec.config.engine.nice,
             scheduler: edition.spec.config.engine.scheduler,
+            is_locked: edition.spec.config.engine.mlock,
         };
         match spawn(&spec) {
             Ok((child, stream)) => {

@@ -20,6 +20,7 @@ mod log; // What the log says.
 mod meter; // How fast a counter grows.
 mod metrics; // What is counted and measured.
 mod monitor; // What workers use of the machine.
+mod node_copy; // Copies of the model, one for a memory node.
 mod notify; // What systemd is told.
 mod own_cpus; // Where the supervisor itself may run.
 mod peer; // Who a client is.
@@ -37,7 +38,7 @@ pub use journal::{Journal, JournalError};
 pub use listener::{ListenError, Listener};
 pub use notify::Notifier;
 pub use own_cpus::given_affinity;
-pub use privileges::{PrivilegeError, reduce as reduce_privileges};
+pub use privileges::{PrivilegeError, allow_locked_memory, reduce as reduce_privileges};
 pub use scrape::{ScrapeError, ScrapeListener};
 pub use service::{Job, JobEvent, Reloader, Service, ServiceSpec, StartError};
 pub use state::ClientId;

@@ -6,6 +6,7 @@
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::sys::prctl;
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 /// What could not be given up.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +22,13 @@ pub enum PrivilegeError {
 /// Those that stay if they are there: to read a model or a configuration that belongs to somebody else, and to give
 /// workers a priority above the usual (`engine.nice`).
 const KEPT: [Capability; 2] = [Capability::CAP_DAC_READ_SEARCH, Capability::CAP_SYS_NICE];
+
+/// Lets workers lock as much memory as they need, if this process may decide that (as root may). Must come before
+/// [`reduce`].
+pub fn allow_locked_memory() {
+    let raised = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    tracing::debug!(?raised, "limit of locked memory");
+}
 
 /// Drops every capability but two, and the way to any other, for this thread and what it starts: workers too.
 ///

@@ -121,7 +121,10 @@ pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlac
         wait: engine.wait.clone(),
         huge_pages: engine.huge_pages.clone(),
         speculation: engine.speculation.clone(),
+        mlock: engine.mlock,
         n_workers: u32::try_from(spec.plan.workers.len()).unwrap_or(u32::MAX),
+        n_copies: u32::try_from(spec.plan.n_copies()).unwrap_or(u32::MAX),
+        has_copy: placement.copy_node.is_some(),
         memory_bytes: spec.memory_bytes.unwrap_or(0),
         confinement: spec.config.security.confinement.name().into(),
     }

@@ -23,6 +23,7 @@ use crate::durable::{Durable, Workers};
 use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
 use crate::journal::Journal;
+use crate::node_copy::{self, NodeCopies};
 use crate::notify::Notifier;
 use crate::own_cpus;
 use crate::report;
@@ -158,6 +159,7 @@ impl Service {
             return Err(StartError::NoWorkers);
         }
         let mut image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
+        let copies = node_copy::for_plan(&spec.plan, &NodeCopies::new()).map_err(StartError::Model)?;
         let shelf = Shelf::open(notifier.clone(), stored, &spec.config, &mut image);
         let n_durable_places = Arc::new(AtomicUsize::new(durable_places(&spec)));
         own_cpus::keep_to(&spec.plan.supervisor_cpus);
@@ -165,7 +167,8 @@ impl Service {
         let (readiness_out, readiness) = watch::channel(Readiness::Starting);
         let (ended_out, ended) = watch::channel(None);
         tokio::spawn(
-            EventLoop::new(spec, image, notifier.clone(), shelf, readiness_out).run(commands_in, ended_out),
+            EventLoop::new(spec, (image, copies), notifier.clone(), shelf, readiness_out)
+                .run(commands_in, ended_out),
         );
         let ending = Arc::new(watch::channel(false).0);
         let (reloads, durable) = (Arc::default(), Arc::default());

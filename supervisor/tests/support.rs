@@ -56,10 +56,7 @@ impl Fixture {
     pub(crate) fn spec(&self) -> ServiceSpec {
         ServiceSpec {
             config: self.config.clone(),
-            plan: Plan {
-                workers: vec![WorkerPlacement { cpus: vec![], memory_nodes: vec![] }; self.n_slots],
-                ..Plan::default()
-            },
+            plan: Plan { workers: vec![WorkerPlacement::default(); self.n_slots], ..Plan::default() },
             model: ModelSource::BuiltIn(b"fake image"),
             worker_program: FAKE_WORKER.into(),
             worker_args: self.script.clone(),

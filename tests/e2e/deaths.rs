@@ -105,7 +105,7 @@ fn answer_in_process(extra: &[&str], request: &GenerateRequest) -> (String, Opti
     let mut spec = ServiceSpec {
         config,
         plan: Plan {
-            workers: vec![WorkerPlacement { cpus: vec![0], memory_nodes: vec![] }],
+            workers: vec![WorkerPlacement { cpus: vec![0], ..WorkerPlacement::default() }],
             ..Plan::default()
         },
         model: ModelSource::File(model),

@@ -189,14 +189,14 @@ fn confinement_can_be_switched_off() {
 }
 
 /// A folder that other users may enter, with a copy of the binary that they may run.
-struct OpenFolder {
-    folder: Folder,
-    program: PathBuf,
+pub(crate) struct OpenFolder {
+    pub(crate) folder: Folder,
+    pub(crate) program: PathBuf,
 }
 
 impl OpenFolder {
     /// `None`, and said aloud, where this process may not become somebody else.
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         if !nix::unistd::geteuid().is_root() {
             #[expect(clippy::print_stderr, reason = "a test that proves nothing says so")]
             {

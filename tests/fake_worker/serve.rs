@@ -11,10 +11,7 @@ pub(crate) fn run(args: &[String]) {
     let n_slots: usize = slots.parse().unwrap();
     let spec = ServiceSpec {
         config: Config::default(),
-        plan: Plan {
-            workers: vec![WorkerPlacement { cpus: vec![], memory_nodes: vec![] }; n_slots],
-            ..Plan::default()
-        },
+        plan: Plan { workers: vec![WorkerPlacement::default(); n_slots], ..Plan::default() },
         model: ModelSource::BuiltIn(b"fake image"),
         worker_program: std::env::current_exe().unwrap(),
         worker_args: script.iter().map(Into::into).collect(),

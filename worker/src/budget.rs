@@ -1,8 +1,8 @@
 //! Whether what a configuration needs fits in memory, before any of it is taken.
 //!
-//! Counted are the model and, if it is asked for, its fast image (once, all workers map the same) and, for each worker,
-//! keys and values at their fullest and its buffers. A context window that was asked for fits or is refused; the model's own is halved until it fits, since
-//! nobody asked for it. All workers are told the same numbers and so come to the same window.
+//! Counted are the model and, if it is asked for, its fast image (once, as all workers map the same, or once for each
+//! memory node that has its own copy) and, for each worker, keys and values at their fullest and its buffers. A context
+//! window that was asked for fits or is refused; the model's own is halved until it fits, since nobody asked for it. All workers are told the same numbers and so come to the same window.
 
 use std::fmt;
 
@@ -63,6 +63,8 @@ pub(crate) struct Weights {
     pub(crate) file: u64,
     /// Of the fast image, if it is to be there in any case.
     pub(crate) image: u64,
+    /// How often both are there: once, or once for each memory node.
+    pub(crate) n_copies: u32,
 }
 
 /// What the model and all workers take with a window of `n_ctx` tokens.
@@ -113,7 +115,8 @@ impl Need<'_> {
     }
 
     fn needed_bytes(&self, n_ctx: usize) -> u64 {
-        let Weights { file, image } = self.weights;
+        let Weights { file, image, n_copies } = self.weights;
+        let [file, image] = [file, image].map(|bytes| bytes.saturating_mul(n_copies.into()));
         [self.buffers_bytes(), file, image].into_iter().fold(self.kv_bytes(n_ctx), u64::saturating_add)
     }
 
@@ -139,24 +142,33 @@ impl Need<'_> {
 }
 
 /// Bytes for people.
-struct Size(u64);
+pub(crate) struct Size(pub(crate) u64);
 
 impl fmt::Display for Size {
     #[expect(clippy::cast_precision_loss, reason = "shown with a few digits")]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = self.0 as f64 / f64::from(1 << 20);
-        if mib < 1024.0 { write!(f, "{mib:.0} MiB") } else { write!(f, "{:.1} GiB", mib / 1024.0) }
+        if mib < 1.0 {
+            write!(f, "{:.0} KiB", mib * 1024.0)
+        } else if mib < 1024.0 {
+            write!(f, "{mib:.0} MiB")
+        } else {
+            write!(f, "{:.1} GiB", mib / 1024.0)
+        }
     }
 }
 
 impl fmt::Display for Weights {
     /// The end of a list.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { file, image } = *self;
-        if image == 0 {
-            return write!(f, " and {} for the model", Size(file));
+        let Self { file, image, n_copies } = *self;
+        let [file, image] = [file, image].map(|bytes| Size(bytes.saturating_mul(n_copies.into())));
+        match (self.image, n_copies) {
+            (0, 1) => write!(f, " and {file} for the model"),
+            (0, n) => write!(f, " and {file} for {n} copies of the model"),
+            (_, 1) => write!(f, ", {file} for the model and {image} for its fast image"),
+            (_, n) => write!(f, ", {file} for {n} copies of the model and {image} for their fast images"),
         }
-        write!(f, ", {} for the model and {} for its fast image", Size(file), Size(image))
     }
 }
 
@@ -208,12 +220,15 @@ mod tests {
             huge_pages: "auto".into(),
             confinement: "auto".into(),
             speculation: "auto".into(),
+            mlock: false,
+            n_copies: 1,
+            has_copy: false,
             n_workers,
             memory_bytes,
         }
     }
 
-    const MODEL: Weights = Weights { file: 1_185_000_000, image: 0 };
+    const MODEL: Weights = Weights { file: 1_185_000_000, image: 0, n_copies: 1 };
 
     #[test]
     fn what_was_asked_for_fits_or_is_refused_in_numbers() {
@@ -241,6 +256,17 @@ mod tests {
         let text = refusal.to_string();
         let end = "108 MiB for buffers, 1.1 GiB for the model and 572 MiB for its fast image, 8.8 GiB in all; there are 6.0 GiB";
         assert!(text.ends_with(end), "{text}");
+    }
+
+    #[test]
+    fn each_copy_for_a_node_is_counted() {
+        let weights = Weights { image: 600_000_000, n_copies: 3, ..MODEL };
+        let without = context(&hparams(), &setup(3, 8, 4096, 6 << 30), MODEL).unwrap_err();
+        let refusal = context(&hparams(), &setup(3, 8, 4096, 6 << 30), weights).unwrap_err();
+        assert_eq!(refusal.needed_bytes, without.needed_bytes + 2 * MODEL.file + 3 * 600_000_000);
+        let text = refusal.to_string();
+        let part = "3.3 GiB for 3 copies of the model and 1.7 GiB for their fast images, ";
+        assert!(text.contains(part), "{text}");
     }
 
     #[test]

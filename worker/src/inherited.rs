@@ -5,7 +5,9 @@
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use bitnetd_proto::worker_link::{WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD};
+use bitnetd_proto::worker_link::{
+    WORKER_COPY_FD, WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD,
+};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockaddrLike, UnixAddr, getpeername};
 
@@ -27,6 +29,8 @@ pub(crate) struct Inherited {
     pub(crate) image: OwnedFd,
     /// Memory for the fast head: empty, or filled and sealed.
     pub(crate) head: OwnedFd,
+    /// Memory for the node's copy of the model: empty, or filled and sealed.
+    pub(crate) copy: Option<OwnedFd>,
     /// A pipe to the supervisor, for the name of a denied system call.
     pub(crate) last_words: OwnedFd,
 }
@@ -37,12 +41,14 @@ pub(crate) fn take() -> Result<Inherited, InheritError> {
     let image = take_fd(WORKER_IMAGE_FD)?;
     let head = take_fd(WORKER_HEAD_FD)?;
     let last_words = take_fd(WORKER_LAST_WORDS_FD)?;
+    // Only workers that read a copy have it; nothing else is open yet that could have this number.
+    let copy = take_fd(WORKER_COPY_FD).ok();
     let is_unix = getpeername::<UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&link))
         .is_ok_and(|peer| peer.family() == Some(AddressFamily::Unix));
     if !is_unix {
         return Err(InheritError::NotASocket { fd: WORKER_LINK_FD });
     }
-    Ok(Inherited { link: UnixStream::from(link), image, head, last_words })
+    Ok(Inherited { link: UnixStream::from(link), image, head, copy, last_words })
 }
 
 fn take_fd(fd: RawFd) -> Result<OwnedFd, InheritError> {

@@ -11,6 +11,8 @@ mod budget; // Whether it fits in memory.
 mod inherited; // The open files that come with the process.
 mod job; // Between the wire's words and the engine's.
 mod link; // Frames in, frames out.
+mod locked_memory; // What stays in memory, whatever else wants it.
+mod node_copy; // A copy of the model in the memory of a node.
 mod own_memory; // What the kernel counts of us, and tells nobody else.
 pub mod sandbox; // What the process gives up, in two steps.
 mod shared_image; // What decoding reads: made by the first worker, mapped by all.
@@ -30,7 +32,7 @@ use crate::step_loop::StepLoop;
 /// Runs a worker to its end. For tests: with `hang_after` its step loop hangs when it has generated so many tokens.
 #[must_use]
 pub fn run(hang_after: Option<u64>) -> ExitCode {
-    let Inherited { link, image, head, last_words } = match inherited::take() {
+    let Inherited { link, image, head, copy, last_words } = match inherited::take() {
         Ok(inherited) => inherited,
         Err(error) => {
             tracing::error!(%error, "this is an internal command of bitnetd; it is started by the supervisor only");
@@ -42,7 +44,7 @@ pub fn run(hang_after: Option<u64>) -> ExitCode {
         let own_memory = OwnMemory::open();
         // Nothing of the model is read before this, and there is no second thread yet.
         let sandbox = Sandbox::enter(&setup.confinement, last_words)?;
-        let started = startup::start(&setup, image, head)?;
+        let started = startup::start(&setup, image, copy, head)?;
         let commands = link.commands(own_memory).map_err(StartError::Reader)?;
         // Every thread is there, everything is mapped: no prompt was seen yet.
         // The fast image is made beside the jobs; there is no other file to write to.

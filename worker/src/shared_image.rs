@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use bitnetd_engine::Engine;
 use bitnetd_engine::fast_image::{FastImage, FastImageBuilder, FastImageError, FastParts};
-use bitnetd_engine::mapping::{Mapping, MappingError, MappingMut};
+use bitnetd_engine::mapping::{LockPages, Mapping, MappingError, MappingMut, lock};
 use bitnetd_proto::sealed::{is_sealed, seal};
 use bitnetd_proto::worker_link::ImageState;
 use nix::errno::Errno;
@@ -43,6 +43,7 @@ pub(crate) struct SharedImage {
     state: State,
     n_bytes: u64,
     huge_pages: HugePages,
+    is_locked: bool,
     begun: Instant,
 }
 
@@ -81,10 +82,15 @@ pub(crate) enum Left {
 
 impl SharedImage {
     /// An image of `n_bytes`; without parts, none. Nothing is mapped or made yet.
-    pub(crate) fn new(memory: OwnedFd, (parts, n_bytes): (FastParts, u64), huge_pages: HugePages) -> Self {
+    pub(crate) fn new(
+        memory: OwnedFd,
+        (parts, n_bytes): (FastParts, u64),
+        huge_pages: HugePages,
+        is_locked: bool,
+    ) -> Self {
         let is_any = parts.five || parts.head;
         let state = if is_any { State::Open(memory.into(), parts) } else { State::Over };
-        Self { state, n_bytes, huge_pages, begun: Instant::now() }
+        Self { state, n_bytes, huge_pages, is_locked, begun: Instant::now() }
     }
 
     /// How far it is, for the supervisor.
@@ -178,6 +184,11 @@ impl SharedImage {
         self.n_bytes = (&file).seek(SeekFrom::End(0)).map_err(SharedImageError::Size)?;
         // Closing the file gives the lock back as well.
         let mapping = Mapping::from_memory(file.into(), self.n_bytes)?;
+        if self.is_locked
+            && let Err(error) = lock(&mapping, LockPages::Now)
+        {
+            tracing::warn!(%error, n_bytes = self.n_bytes, "the fast image is not locked in memory");
+        }
         engine.adopt(FastImage::new(mapping, engine.model())?);
         tracing::debug!(seconds = self.begun.elapsed().as_secs_f64(), "the fast image is in use");
         Ok((State::Used(origin), Left::Nothing))

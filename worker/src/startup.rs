@@ -25,6 +25,8 @@ use nix::sys::prctl;
 
 use crate::budget::{self, DoesNotFit, Weights};
 use crate::link::Link;
+use crate::locked_memory::{self, CannotLock};
+use crate::node_copy::{self, NodeCopyError};
 use crate::sandbox::SandboxError;
 use crate::shared_image::{HugePages, SharedImage};
 
@@ -61,8 +63,12 @@ pub(crate) enum StartError {
     Gguf { name: String, source: GgufError },
     #[error("`{name}` cannot be run")]
     Model { name: String, source: ModelError },
+    #[error("cannot copy `{name}` to the memory of this node")]
+    Copy { name: String, source: NodeCopyError },
     #[error(transparent)]
     Memory(DoesNotFit),
+    #[error(transparent)]
+    Lock(CannotLock),
     #[error("cannot start the engine")]
     Engine(#[source] EngineError),
     #[error("cannot start the reader of the link")]
@@ -76,8 +82,10 @@ impl StartError {
         match self {
             Self::LinkClosed => ExitCode::Ok,
             Self::Link(_) | Self::NoHello | Self::Version { .. } => ExitCode::Software,
-            Self::Setting { .. } | Self::IsaNotPresent(_) | Self::Memory(_) => ExitCode::Config,
-            Self::Map { .. } => ExitCode::Os,
+            Self::Setting { .. } | Self::IsaNotPresent(_) | Self::Memory(_) | Self::Lock(_) => {
+                ExitCode::Config
+            }
+            Self::Map { .. } | Self::Copy { .. } => ExitCode::Os,
             Self::Gguf { .. } | Self::Model { .. } => ExitCode::Data,
             Self::Engine(EngineError::ContextTooLong { .. } | EngineError::Zero(_)) => ExitCode::Config,
             Self::Engine(EngineError::Tokenizer(_) | EngineError::VocabularySize { .. }) => ExitCode::Data,
@@ -105,6 +113,7 @@ impl StartError {
             }
             Self::Model { .. } => error.with_hint("`bitnetd model info FILE` lists what is supported"),
             Self::IsaNotPresent(_) => error.with_hint("use `isa = \"auto\"`"),
+            Self::Lock(_) => error.with_hint(CannotLock::HINT),
             Self::Memory(refusal) => error.with_hint(refusal.hint()),
             Self::Engine(EngineError::ContextTooLong { .. }) => error.with_hint("leave `engine.ctx` out"),
             Self::Sandbox(_) => error.with_hint(
@@ -126,7 +135,12 @@ pub(crate) fn handshake(link: &mut Link) -> Result<WorkerSetup, StartError> {
 }
 
 /// Loads the model.
-pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Result<Started, StartError> {
+pub(crate) fn start(
+    setup: &WorkerSetup,
+    image: OwnedFd,
+    copy: Option<OwnedFd>,
+    head: OwnedFd,
+) -> Result<Started, StartError> {
     let begun = Instant::now();
     name_this_thread(&format!("{}-t0", thread_name(setup)));
     let name = || setup.model_name.clone();
@@ -136,7 +150,7 @@ pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Resul
     require("engine.speculation", &setup.speculation, &["auto", "off"])?;
     let huge_pages = choose_huge_pages(&setup.huge_pages)?;
     require("engine.kv_type", &setup.kv_type, &["f16"])?;
-    let mapping = Mapping::from_fd(image).map_err(|source| StartError::Map { name: name(), source })?;
+    let mapping = map_model(setup, image, copy)?;
     let image_bytes = mapping.len() as u64;
     let gguf = Gguf::parse(Arc::new(mapping)).map_err(|source| StartError::Gguf { name: name(), source })?;
     let gguf = Arc::new(gguf);
@@ -145,7 +159,7 @@ pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Resul
     let wanted = image_wanted(&model, kernels, &setup.head);
     // An image that nobody asked for is made only if there is room left.
     let image = if setup.head == "fast" { wanted.1 } else { 0 };
-    let weights = Weights { file: image_bytes, image };
+    let weights = Weights { file: image_bytes, image, n_copies: setup.n_copies.max(1) };
     let n_ctx = budget::context(model.hparams(), setup, weights).map_err(StartError::Memory)?;
     if setup.ctx == 0 && n_ctx < model.hparams().n_ctx {
         let asked = model.hparams().n_ctx;
@@ -169,11 +183,26 @@ pub(crate) fn start(setup: &WorkerSetup, image: OwnedFd, head: OwnedFd) -> Resul
         speculation: if setup.speculation == "off" { Speculation::Off } else { Speculation::Auto },
     };
     let engine = Engine::new(Arc::new(model), options).map_err(StartError::Engine)?;
+    if setup.mlock {
+        locked_memory::lock_engine(&engine, wanted.1).map_err(StartError::Lock)?;
+    }
     let load_s = begun.elapsed().as_secs_f64();
     let summary = Box::new(summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_)))));
     tracing::info!(slot = setup.slot, isa = %kernels.isa(), load_s, "loaded");
-    let fast_image = SharedImage::new(head, wanted, huge_pages);
+    let fast_image = SharedImage::new(head, wanted, huge_pages, setup.mlock);
     Ok(Started { engine, template, fast_image, summary, load_s })
+}
+
+/// Maps the model: the file, or the copy of it that the workers of this node share.
+fn map_model(setup: &WorkerSetup, image: OwnedFd, copy: Option<OwnedFd>) -> Result<Mapping, StartError> {
+    let name = || setup.model_name.clone();
+    let mapping = Mapping::from_fd(image).map_err(|source| StartError::Map { name: name(), source })?;
+    if !setup.has_copy {
+        return Ok(mapping);
+    }
+    copy.ok_or(NodeCopyError::NoMemory)
+        .and_then(|memory| node_copy::open(memory, &mapping))
+        .map_err(|source| StartError::Copy { name: name(), source })
 }
 
 /// Says that jobs can come.
@@ -247,7 +276,7 @@ fn image_wanted(model: &Model, kernels: KernelSet, head: &str) -> (FastParts, u6
 
 /// The image, if there is room for it beside the model and what all workers remember.
 fn if_there_is_room(wanted: (FastParts, u64), setup: &WorkerSetup, taken: u64) -> (FastParts, u64) {
-    let (_, n_bytes) = wanted;
+    let n_bytes = wanted.1.saturating_mul(setup.n_copies.max(1).into());
     let available = setup.memory_bytes;
     if available > 0 && taken.saturating_add(n_bytes).saturating_add(MEMORY_LEFT) > available {
         tracing::info!(n_bytes, taken, available, "no room for a fast image: decoding reads the model file");

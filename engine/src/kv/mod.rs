@@ -75,6 +75,11 @@ impl KvCache {
         &self.shape
     }
 
+    /// All of its memory, in pieces.
+    pub fn slabs(&self) -> impl Iterator<Item = &[u16]> {
+        self.keys.iter().chain(&self.values).map(Vec::as_slice)
+    }
+
     /// One layer, for attention.
     #[must_use]
     pub fn layer(&self, layer: usize) -> KvLayer<'_> {

@@ -11,7 +11,7 @@ mod words;
 
 use std::collections::BTreeSet;
 
-use bitnetd_config::{AffinityConfig, NumaPolicy, SplitConfig, cpu_list};
+use bitnetd_config::{AffinityConfig, CopyPolicy, NumaPolicy, SplitConfig, cpu_list};
 use serde::Serialize;
 
 use self::pool::Pool;
@@ -31,13 +31,15 @@ pub struct Plan {
 }
 
 /// Where one worker runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct WorkerPlacement {
     /// CPUs, ascending; one compute thread is pinned to each.
     pub cpus: Vec<u32>,
     /// NUMA nodes of its memory, ascending, where that is to be bound, preferred or interleaved; empty leaves it to
     /// the kernel.
     pub memory_nodes: Vec<u32>,
+    /// The node whose own copy of the model it reads; `None`: it reads what all read.
+    pub copy_node: Option<u32>,
 }
 
 impl WorkerPlacement {
@@ -187,11 +189,13 @@ fn plan_because(
         .map(|mut cpus| {
             cpus.sort_unstable();
             let memory_nodes = memory_nodes(machine, affinity.numa, &cpus);
-            WorkerPlacement { cpus, memory_nodes }
+            let copy_node = copy_node(machine, affinity.copies, &memory_nodes);
+            WorkerPlacement { cpus, memory_nodes, copy_node }
         })
         .collect();
     let supervisor_cpus = words.supervisor(&affinity.reserve);
     words.about(&workers, affinity.numa);
+    words.copies(&workers, affinity.copies);
     Ok(Plan { workers, supervisor_cpus, reasons: words.reasons, warnings: words.warnings })
 }
 
@@ -218,8 +222,7 @@ fn check_explicit(pool: &Pool<'_>, lists: &[Vec<u32>]) -> Result<(), PlanError> 
 
 /// The nodes on which the memory of a worker on `cpus` is to be: those of its CPUs, or the nearest with memory.
 fn memory_nodes(machine: &Machine, policy: NumaPolicy, cpus: &[u32]) -> Vec<u32> {
-    let has_choice = machine.nodes.iter().filter(|node| node.memory_bytes != Some(0)).count() > 1;
-    if policy == NumaPolicy::Off || (policy == NumaPolicy::Auto && !has_choice) {
+    if policy == NumaPolicy::Off || (policy == NumaPolicy::Auto && machine.n_memory_nodes() < 2) {
         return Vec::new();
     }
     let node_of = |&cpu: &u32| machine.memory_node(machine.cpu(cpu)?.node?);
@@ -229,7 +232,27 @@ fn memory_nodes(machine: &Machine, policy: NumaPolicy, cpus: &[u32]) -> Vec<u32>
     if is_left { Vec::new() } else { nodes.into_iter().collect() }
 }
 
+/// The node whose copy of the model a worker reads: the one that its memory is bound to, and no copy if that is not one.
+fn copy_node(machine: &Machine, policy: CopyPolicy, memory_nodes: &[u32]) -> Option<u32> {
+    match (policy, memory_nodes) {
+        (CopyPolicy::Node, &[node]) if machine.n_memory_nodes() > 1 => Some(node),
+        _ => None,
+    }
+}
+
 impl Plan {
+    /// The nodes that have a copy of the model of their own, ascending.
+    #[must_use]
+    pub fn copy_nodes(&self) -> BTreeSet<u32> {
+        self.workers.iter().filter_map(|worker| worker.copy_node).collect()
+    }
+
+    /// How often the model is in memory.
+    #[must_use]
+    pub fn n_copies(&self) -> usize {
+        self.copy_nodes().len() + usize::from(self.workers.iter().any(|worker| worker.copy_node.is_none()))
+    }
+
     /// The plan as one line for each worker: `worker 0: CPUs 0-3, memory node 0`.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {

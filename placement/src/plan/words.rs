@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bitnetd_config::{Choice as _, NumaPolicy, SmtPolicy, cpu_list};
+use bitnetd_config::{Choice as _, CopyPolicy, NumaPolicy, SmtPolicy, cpu_list};
 
 use super::WorkerPlacement;
 use super::allocate::l3_key;
@@ -150,12 +150,48 @@ impl<'p, 'm> Words<'p, 'm> {
                 _ => format!("The memory of {whose} is bound to {its} {noun}."),
             });
         }
-        let has_nodes =
-            self.pool.machine.nodes.iter().filter(|node| node.memory_bytes != Some(0)).count() > 1;
-        if has_nodes && !left.is_empty() && numa == NumaPolicy::Auto {
+        if self.pool.machine.n_memory_nodes() > 1 && !left.is_empty() && numa == NumaPolicy::Auto {
             self.reasons.push(format!(
                 "The memory of {} is left to the kernel: it lies where it is touched first.",
                 workers_of(&numbers(&left))
+            ));
+        }
+    }
+
+    /// How often the model is in memory.
+    pub(super) fn copies(&mut self, workers: &[WorkerPlacement], policy: CopyPolicy) {
+        if policy == CopyPolicy::None {
+            return;
+        }
+        let nodes: BTreeSet<u32> = workers.iter().filter_map(|worker| worker.copy_node).collect();
+        let nodes: Vec<u32> = nodes.into_iter().collect();
+        if self.pool.machine.n_memory_nodes() < 2 {
+            self.reasons
+                .push("`affinity.copies = \"node\"`: one copy, since there is one memory node.".into());
+            return;
+        }
+        match nodes.len() {
+            0 => {
+                self.warnings.push(
+                    "`affinity.copies = \"node\"` has no effect: no worker's memory is bound to one node.".into(),
+                );
+                return;
+            }
+            1 => self
+                .reasons
+                .push(format!("Node {} has its own copy of the model.", cpu_list::format(&nodes))),
+            n => self.reasons.push(format!(
+                "Each of the nodes {} has its own copy of the model, read by its workers alone: {n} copies in memory.",
+                cpu_list::format(&nodes)
+            )),
+        }
+        let without: Vec<u32> =
+            (0..).zip(workers).filter(|(_, worker)| worker.copy_node.is_none()).map(|(idx, _)| idx).collect();
+        if !without.is_empty() {
+            let (verb, its) = if without.len() == 1 { ("reads", "its") } else { ("read", "their") };
+            self.warnings.push(format!(
+                "{} {verb} the model as the kernel has it and no node's copy, since {its} memory is not bound to one node.",
+                capitalised(&workers_of(&without))
             ));
         }
     }

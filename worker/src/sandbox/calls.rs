@@ -121,7 +121,10 @@ const CALLS: &[Call] = &[
             (libc::F_ADD_SEALS, "F_ADD_SEALS"),
         ]),
     ),
-    serve(Sysno::ftruncate, "the size of the fast image, by the worker that makes it"),
+    serve(
+        Sysno::ftruncate,
+        "the size of the fast image and of a node's copy of the model, by the worker that makes them",
+    ),
     serve(Sysno::lseek, "the size of the fast image, by those that map it"),
     // Threads that wait for each other.
     serve(Sysno::futex, "locks, channels, sleeping compute threads"),
@@ -141,6 +144,7 @@ const CALLS: &[Call] = &[
     serve(Sysno::munmap, "the allocator, and mappings that end"),
     serve(Sysno::mremap, "the allocator, for large blocks that grow"),
     only(serve(Sysno::mprotect, "the allocator's arenas; never executable"), Only::NotExecutable),
+    serve(Sysno::mlock2, "`engine.mlock`: the model and the KV cache, and the fast image when it is there"),
     serve(Sysno::madvise, "the allocator gives pages back; huge pages"),
     serve(Sysno::brk, "the allocator"),
     serve(Sysno::getrandom, "seeds of hash tables; the allocator's secrets"),
@@ -169,10 +173,14 @@ const CALLS: &[Call] = &[
     start(Sysno::statx, "kind and size of the inherited files"),
     start(FSTATAT, "kind and size of the inherited files, with an older C library"),
     only(
-        start(Sysno::fcntl, "a second descriptor of the link for its reader"),
+        start(
+            Sysno::fcntl,
+            "a second descriptor of the link for its reader; lock of the node's copy of the model",
+        ),
         Only::Second(&[
             (libc::F_SETFD, "F_SETFD"),
             (libc::F_GETFL, "F_GETFL"),
+            (libc::F_SETLKW, "F_SETLKW"),
             (libc::F_DUPFD_CLOEXEC, "F_DUPFD_CLOEXEC"),
         ]),
     ),
