@@ -6,6 +6,7 @@ use bitnetd_config::{Config, QueueConfig};
 use bitnetd_placement::Candidate;
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::GenerateRequest;
+use bitnetd_proto::worker_link::{ImageState, WorkerLoad};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
@@ -50,6 +51,8 @@ pub(crate) struct Bench {
 
 /// Time that a trial waits for the workers to say how many steps they took.
 const REPORT_DEADLINE: Duration = Duration::from_secs(5);
+/// Time that a trial waits for the fast image of a large model; on one slow thread it takes a minute.
+const IMAGE_DEADLINE: Duration = Duration::from_secs(300);
 /// How often workers are asked for it.
 const PING_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -113,7 +116,27 @@ impl Trial {
     /// Faults the weights in and lets every worker of `n_workers` work once.
     async fn warm_up(&mut self, n_workers: usize) -> Result<(), CliError> {
         let load = Load { n_jobs: 2 * n_workers, n_together: 2 * n_workers, n_prompt: 8, n_generated: 2 };
-        self.pass(load).await.map(drop)
+        self.pass(load).await?;
+        self.image_is_there().await
+    }
+
+    /// Waits until no worker is busy with the fast image of the model any more: it would be measured as slowness.
+    async fn image_is_there(&self) -> Result<(), CliError> {
+        let deadline = Instant::now() + IMAGE_DEADLINE;
+        loop {
+            let loads = self.loads().await;
+            let is_under_way =
+                |load: &WorkerLoad| matches!(load.image, ImageState::Waiting | ImageState::Making);
+            if !loads.iter().any(is_under_way) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let text = format!("the fast image of the model was not made within {IMAGE_DEADLINE:?}");
+                return Err(CliError::new(ExitCode::Temporary, text)
+                    .hint("`model.head = \"file\"` in the configuration does without"));
+            }
+            tokio::time::sleep(PING_INTERVAL).await;
+        }
     }
 
     async fn measure(&mut self, load: Load) -> Result<Measurement, CliError> {
@@ -166,15 +189,20 @@ impl Trial {
         Ok(Pass { answers, wall_s: start.elapsed().as_secs_f64() })
     }
 
-    /// Bytes of weights that all workers have read in all their steps. Waits until they have told of every token.
+    /// Bytes of weights that all workers have read in all their steps.
     async fn bytes_read(&self) -> f64 {
+        let bytes = |load: &WorkerLoad| load.steps as f64 * load.step_bytes as f64;
+        self.loads().await.iter().map(bytes).sum()
+    }
+
+    /// What the workers say about themselves. Waits until they have told of every token.
+    async fn loads(&self) -> Vec<WorkerLoad> {
         let deadline = Instant::now() + REPORT_DEADLINE;
         loop {
             let loads = self.local.loads().await;
             let n_told: u64 = loads.iter().map(|load| load.decode_tokens).sum();
             if n_told >= self.n_generated || Instant::now() > deadline {
-                let n_steps: u64 = loads.iter().map(|load| load.steps).sum();
-                return n_steps as f64 * self.local.model.step_bytes as f64;
+                return loads;
             }
             tokio::time::sleep(PING_INTERVAL).await;
         }
