@@ -11,7 +11,9 @@ command -v cargo-deb >/dev/null || { echo "cargo-deb is missing: cargo install c
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 export LC_ALL=C TZ=UTC
 cargo_home=${CARGO_HOME:-$HOME/.cargo}
-export RUSTFLAGS="--remap-path-prefix=$PWD=/bitnetd --remap-path-prefix=$cargo_home=/cargo"
+unset RUSTFLAGS
+# In this form a path may have blanks.
+export CARGO_ENCODED_RUSTFLAGS="--remap-path-prefix=$PWD=/bitnetd"$'\x1f'"--remap-path-prefix=$cargo_home=/cargo"
 export CARGO_TARGET_DIR=$PWD/target
 
 cargo build --profile dist --locked -p bitnetd

@@ -174,7 +174,7 @@ fn every_file_of_the_package_exists_or_is_made_by_its_script() {
 fn the_scripts_are_shell() {
     let mut scripts: Vec<PathBuf> =
         ["postinst", "prerm", "postrm"].map(|name| root().join("packaging/debian").join(name)).into();
-    scripts.push(root().join("packaging/deb.sh"));
+    scripts.extend(["deb.sh", "reproduce.sh"].map(|name| root().join("packaging").join(name)));
     for script in scripts {
         let text = fs::read_to_string(&script).unwrap();
         let shell = if text.starts_with("#!/bin/sh\n") { "sh" } else { "bash" };
