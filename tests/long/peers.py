@@ -3,6 +3,7 @@
 
   peers.py measure --out FILE --bitnetd PROGRAM --model GGUF [--peer NAME=BIN_FOLDER:GGUF ...] [--rows a,b] [--rounds N]
   peers.py table FILE
+  peers.py plot FILE SVG
 
 Each measurement is one line of JSON appended to FILE, so that a run can be done in several parts. In a round every row is
 measured once with each program, one after the other. A peer's folder holds llama-bench, llama-batched-bench, llama-server
@@ -67,7 +68,7 @@ class Bitnetd:
                 server = subprocess.Popen([self.program, "-q", "serve", "-m", self.model, "--workers", "1", "--threads", "2",
                                            "--socket", sock], env=ENV)
                 try:
-                    return serve_rows(lambda prompt, n: framed(sock, prompt, n), lambda: ready(sock, server))
+                    return serve_rows(lambda prompt, n: framed(sock, prompt, n), lambda: ready(sock, server), lambda: settled(sock))
                 finally:
                     server.terminate(); server.wait()
         if group == "memory2":
@@ -76,7 +77,7 @@ class Bitnetd:
                 server = subprocess.Popen([self.program, "-q", "serve", "-m", self.model, "--workers", "2", "--threads", "1",
                                            "--socket", sock], env=ENV)
                 try:
-                    ready(sock, server)
+                    ready(sock, server); settled(sock)
                     with concurrent.futures.ThreadPoolExecutor(8) as pool:
                         list(pool.map(lambda p: framed(sock, p, 16), prompts(8, 64, 5)))
                     return {"memory2": (pss_bytes([server.pid]) - os.path.getsize(self.model)) / 2**20}
@@ -129,6 +130,15 @@ def ready(path, process):
         time.sleep(0.05)
     raise SystemExit("the server ended")
 
+def settled(path):
+    """Waits until what decoding reads is in use by every worker."""
+    stream = connect(path)
+    while True:
+        frame(stream, {"type": "status"})
+        loads = [slot["load"] for slot in unframe(stream)["report"]["slots"]]
+        if all(load["step_bytes"] and load["image"] not in ("waiting", "making") for load in loads): return
+        time.sleep(0.1)
+
 def pss_bytes(pids):
     """Of processes and all their children."""
     total = 0
@@ -140,9 +150,10 @@ def pss_bytes(pids):
             with open(f"/proc/{pid}/task/{task}/children") as children: pids += map(int, children.read().split())
     return total
 
-def serve_rows(ask, wait):
+def serve_rows(ask, wait, settle=lambda: None):
     """Both rows of a server: 8 clients at once, then one short prompt alone."""
     begin = time.time(); wait(); result = {"ready": time.time() - begin}
+    settle(); result["settled"] = time.time() - begin
     ask(prompts(1, 64, 99)[0], 8)  # Pages are touched, speeds are learnt.
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         begin = time.time(); counts = [n for _, n in pool.map(lambda p: ask(p, 32), prompts(8, 64, 7))]
@@ -243,11 +254,39 @@ def table(args):
         if ours and best: ratio = f"{(ours / best if 'tokens' in unit else best / ours):.2f}"
         print(f"| {what}, {unit} | " + " | ".join(cells) + f" | {ratio} |")
 
+def plot(args):
+    """Bars of bitnetd's rate to that of the best other program, in each row that both have."""
+    values = {}
+    for line in map(json.loads, open(args.file)):
+        for key, value in line["values"].items(): values.setdefault(key, {}).setdefault(line["program"], []).append(value)
+    bars = []
+    for row, (what, unit) in ROWS.items():
+        medians = {name: statistics.median(v) for name, v in values.get(row, {}).items()}
+        ours, others = medians.pop("bitnetd", None), medians
+        if not ours or not others: continue
+        name = (max if "tokens" in unit else min)(others, key=others.get); best = others[name]
+        bars.append((what, ours / best if "tokens" in unit else best / ours, f"{ours:.3g} to {best:.3g} {unit} ({name})"))
+    step, left, width = 34, 580, 1040
+    scale = (width - left - 60) / max(ratio for _, ratio, _ in bars)
+    height = 40 + step * len(bars)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{width}" height="{height}" fill="white"/>',
+           '<text x="10" y="18" font-weight="bold">bitnetd to the fastest peer (1 = as fast)</text>']
+    for i, (what, ratio, detail) in enumerate(bars):
+        y = 32 + i * step
+        out += [f'<text x="{left - 8}" y="{y + 10}" text-anchor="end">{what}</text>',
+                f'<text x="{left - 8}" y="{y + 23}" text-anchor="end" font-size="10" fill="#666">{detail}</text>',
+                f'<rect x="{left}" y="{y}" width="{ratio * scale:.1f}" height="22" fill="#3b6ea5"/>',
+                f'<text x="{left + ratio * scale + 5:.1f}" y="{y + 15}">{ratio:.2f}</text>']
+    out += [f'<line x1="{left + scale:.1f}" y1="26" x2="{left + scale:.1f}" y2="{height - 8}" stroke="#c33" stroke-dasharray="4 3"/>', "</svg>"]
+    with open(args.svg, "w") as svg: svg.write("\n".join(out) + "\n")
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 commands = parser.add_subparsers(required=True)
 m = commands.add_parser("measure"); m.set_defaults(main=measure)
 m.add_argument("--out", required=True); m.add_argument("--bitnetd"); m.add_argument("--model"); m.add_argument("--peer", action="append", default=[])
 m.add_argument("--groups", default=",".join(GROUPS), help="some of " + ",".join(GROUPS)); m.add_argument("--rounds", type=int, default=1)
 t = commands.add_parser("table"); t.set_defaults(main=table); t.add_argument("file")
+t = commands.add_parser("plot"); t.set_defaults(main=plot); t.add_argument("file"); t.add_argument("svg")
 if __name__ == "__main__":
     args = parser.parse_args(); args.main(args)

@@ -19,6 +19,12 @@ use crate::shared_image::{Left, SharedImage};
 /// How long the fast image of the model is worked on before commands are looked at again.
 const IMAGE_SLICE: Duration = Duration::from_millis(5);
 
+/// The longest slice between two steps.
+const IMAGE_SLICE_MAX: Duration = Duration::from_millis(40);
+
+/// For each generated token a slice between two steps may be so much longer: the more was asked for, the more is to come.
+const IMAGE_SLICE_PER_TOKEN: Duration = Duration::from_micros(64);
+
 /// Tokens that are generated before the fast image takes time from those to come: for a few it does not pay.
 const IMAGE_TOKENS_MIN: u64 = 16;
 
@@ -35,6 +41,12 @@ pub(crate) struct StepLoop {
     memory: Option<WorkerMemory>,
     /// For tests of the watchdog.
     hang_after: Option<u64>,
+}
+
+/// How long a slice between two steps is after so many tokens.
+fn slice_after(n_tokens: u64) -> Duration {
+    let n_tokens = u32::try_from(n_tokens).unwrap_or(u32::MAX);
+    (IMAGE_SLICE + IMAGE_SLICE_PER_TOKEN.saturating_mul(n_tokens)).min(IMAGE_SLICE_MAX)
 }
 
 /// Whether to go on.
@@ -80,8 +92,9 @@ impl StepLoop {
             }
             self.engine.step(&mut events);
             self.report(&mut events)?;
-            if self.engine.stats().decode_tokens >= IMAGE_TOKENS_MIN {
-                self.fast_image.advance(&mut self.engine, IMAGE_SLICE);
+            let n_tokens = self.engine.stats().decode_tokens;
+            if n_tokens >= IMAGE_TOKENS_MIN {
+                self.fast_image.advance(&mut self.engine, slice_after(n_tokens));
             }
             while self.hang_after.is_some_and(|n_tokens| self.engine.stats().decode_tokens >= n_tokens) {
                 std::hint::spin_loop();
@@ -172,5 +185,17 @@ impl StepLoop {
             step_bytes: self.engine.cost().bytes,
             memory: self.memory,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_grow_with_what_was_asked_for_and_stay_short() {
+        assert!(slice_after(IMAGE_TOKENS_MIN) < Duration::from_millis(7));
+        assert_eq!(slice_after(250), Duration::from_millis(21));
+        assert_eq!([slice_after(1_000), slice_after(u64::MAX)], [IMAGE_SLICE_MAX; 2]);
     }
 }

@@ -1,10 +1,12 @@
 //! Runs jobs on a worker of one size and times what comes back.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitnetd_config::Config;
 use bitnetd_proto::event::Done;
+use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::request::{GenerateRequest, Prompt};
+use bitnetd_proto::worker_link::{ImageState, WorkerLoad};
 use tokio::task::LocalSet;
 
 use super::bounds::Bounds;
@@ -15,6 +17,12 @@ use crate::local::{Local, LocalJob};
 
 /// Tokens in the prompts of answers that are timed.
 const SHORT_PROMPT: u32 = 8;
+
+/// Longest wait for the fast image of the model to be made.
+const IMAGE_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How often to look whether it is.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What is measured with each number of threads.
 #[derive(Clone, Debug)]
@@ -37,21 +45,24 @@ pub(super) async fn run(
         let mut tokens = Tokens::below(local.model.n_vocab);
         note("reading a prompt");
         let prefill = prefill(&local, setup, &mut tokens).await?;
+        note("waiting for the fast image");
+        let step_bytes = step_bytes(&local).await?;
         let mut decode = Vec::new();
         for n in &setup.sequences {
             note(&format!("{n} answers together"));
             decode.push((*n, self::decode(&local, setup, *n, &mut tokens).await?));
         }
-        Ok((prefill, decode, local))
+        Ok((prefill, decode, (local, step_bytes)))
     })
     .await?;
+    let (local, step_bytes) = local;
     let model = &local.model;
     let report = report.get_or_insert_with(|| Report {
         program: concat!("bitnetd ", env!("CARGO_PKG_VERSION")),
         model: model.name.clone(),
         head: model.head.clone(),
         isa: model.isa.clone(),
-        step_bytes: model.step_bytes,
+        step_bytes,
         token_macs: model.token_macs,
         head_macs: model.head_macs,
         prompt_tokens: setup.prompt_tokens,
@@ -62,10 +73,10 @@ pub(super) async fn run(
         decode: Vec::new(),
     });
     let n_rows = usize::try_from(setup.prompt_tokens).unwrap_or(usize::MAX);
-    let bound = bounds.tokens_per_s(model.step_bytes, model.token_macs, n_rows);
+    let bound = bounds.tokens_per_s(step_bytes, model.token_macs, n_rows);
     report.prefill.push(rate(&bounds, 1, prefill, bound));
     for (n, runs) in decode {
-        let bound = bounds.tokens_per_s(model.step_bytes, model.token_macs + model.head_macs, n);
+        let bound = bounds.tokens_per_s(step_bytes, model.token_macs + model.head_macs, n);
         report.decode.push(rate(&bounds, n, runs, bound));
     }
     report.bounds.push(bounds);
@@ -98,6 +109,22 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// Bytes that a step which generates reads, once the worker has settled what it reads them from.
+async fn step_bytes(local: &Local) -> Result<u64, CliError> {
+    let deadline = Instant::now() + IMAGE_DEADLINE;
+    while Instant::now() < deadline {
+        let loads = local.loads().await;
+        let is_settled = |load: &WorkerLoad| {
+            load.step_bytes > 0 && !matches!(load.image, ImageState::Waiting | ImageState::Making)
+        };
+        if loads.iter().all(is_settled) {
+            return Ok(loads.iter().map(|load| load.step_bytes).max().unwrap_or(0));
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    Err(CliError::new(ExitCode::Software, "the fast image of the model was not made in time"))
+}
+
 /// Prompt tokens a second.
 async fn prefill(local: &Local, setup: &Setup, tokens: &mut Tokens) -> Result<Vec<f64>, CliError> {
     // The first steps are short: how fast the machine is, the worker learns from them. And pages are touched first.
@@ -126,9 +153,7 @@ async fn decode(local: &Local, setup: &Setup, n: usize, tokens: &mut Tokens) -> 
             .run_until(async {
                 let mut arrivals = Vec::new();
                 for job in following {
-                    let followed = job.await.map_err(|error| {
-                        CliError::new(bitnetd_proto::exit_code::ExitCode::Software, error)
-                    })?;
+                    let followed = job.await.map_err(|error| CliError::new(ExitCode::Software, error))?;
                     arrivals.push(followed?.0);
                 }
                 Ok::<_, CliError>(arrivals)
@@ -190,8 +215,6 @@ impl Tokens {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
