@@ -169,9 +169,7 @@ fn direct<const REVERSED: bool, const N: usize, const R: usize>(job: &RowsJob<'_
             let blocks = slice * rows.n_blocks() / n_slices..(slice + 1) * rows.n_blocks() / n_slices;
             for first in (0..TILE_ROWS).step_by(R) {
                 let sums = direct_sums::<REVERSED, N, R>(rows, tile + first, &values, blocks.clone());
-                for (sums, dots) in sums.iter().zip(&mut dots) {
-                    add_horizontal_sums(sums, &mut dots[first..first + R]);
-                }
+                add_horizontal_sums(&sums, &mut dots, first);
             }
         }
         for (token, dots) in dots.iter().enumerate() {
@@ -181,18 +179,27 @@ fn direct<const REVERSED: bool, const N: usize, const R: usize>(job: &RowsJob<'_
     }
 }
 
-/// Adds the sum of the lanes of each register to its place.
+/// Adds the sum of the lanes of each register to its place, that of a token and of a row from `first`: four registers at a time,
+/// of one token or of two.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn add_horizontal_sums<const R: usize>(sums: &[__m512i; R], dots: &mut [i32]) {
-    let mut rows = [_mm512_setzero_si512(); 4];
-    rows[..R].copy_from_slice(sums);
-    let [a, b, c, d] = rows;
-    let mut four = [0; 4];
-    let sums = horizontal_sums(a, b, c, d);
-    // SAFETY: 4 elements of 4 bytes.
-    unsafe { _mm_storeu_si128(four.as_mut_ptr().cast(), sums) };
-    dots.iter_mut().zip(four).for_each(|(dot, sum)| *dot += sum);
+fn add_horizontal_sums<const R: usize, const N: usize>(
+    sums: &[[__m512i; R]; N],
+    dots: &mut [[i32; TILE_ROWS]; N],
+    first: usize,
+) {
+    for (four, tokens) in sums.as_flattened().chunks(4).zip(dots.chunks_mut(4 / R)) {
+        let mut registers = [_mm512_setzero_si512(); 4];
+        registers[..four.len()].copy_from_slice(four);
+        let [a, b, c, d] = registers;
+        let mut four = [0; 4];
+        let sums = horizontal_sums(a, b, c, d);
+        // SAFETY: 4 elements of 4 bytes.
+        unsafe { _mm_storeu_si128(four.as_mut_ptr().cast(), sums) };
+        for (dots, sums) in tokens.iter_mut().zip(four.chunks_exact(R)) {
+            dots[first..first + R].iter_mut().zip(sums).for_each(|(dot, sum)| *dot += sum);
+        }
+    }
 }
 
 /// Sums, not yet horizontal, of `R` rows from `first` times `N` tokens over some blocks.
