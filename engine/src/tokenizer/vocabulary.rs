@@ -3,7 +3,9 @@
 //! The 128,256 tokens and 280,147 merges of Llama 3 take 8 MB. The tables are keyed by a secret that differs from
 //! run to run, so that a file cannot be made to collide; what they answer does not depend on it.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
+
+use foldhash::quality::RandomState;
 
 use super::TokenizerError;
 use super::byte_level::push_token_bytes;
@@ -83,7 +85,7 @@ impl Vocabulary {
         if kinds.len() != n_vocab {
             return Err(TokenizerError::KindCount { n_tokens: n_vocab, n_kinds: kinds.len() });
         }
-        let secret = RandomState::new();
+        let secret = RandomState::default();
         let mut vocabulary = Self {
             bytes,
             starts,
