@@ -96,6 +96,8 @@ struct Trial {
 /// Jobs done, and the time it took.
 struct Pass {
     answers: Vec<Answer>,
+    /// From the moment each was asked for, waiting for a place included.
+    latencies_s: Vec<f64>,
     wall_s: f64,
 }
 
@@ -106,9 +108,15 @@ impl Pass {
         sum / self.wall_s.max(f64::MIN_POSITIVE)
     }
 
-    /// What `percent` of the answers do not exceed.
-    fn percentile(&self, percent: usize, value: impl Fn(&Answer) -> f64) -> f64 {
-        crate::batch::percentile(&self.answers.iter().map(value).collect::<Vec<_>>(), percent)
+    /// What `percent` of the jobs took at most.
+    fn latency_s(&self, percent: usize) -> f64 {
+        crate::batch::percentile(&self.latencies_s, percent)
+    }
+
+    /// What `percent` of the first tokens took at most.
+    fn ttft_s(&self, percent: usize) -> f64 {
+        let values: Vec<f64> = self.answers.iter().map(|answer| answer.ttft_seconds).collect();
+        crate::batch::percentile(&values, percent)
     }
 }
 
@@ -151,9 +159,9 @@ impl Trial {
             decode: decode.rate(|answer| answer.tokens),
             decode_bytes_per_s: bytes / decode.wall_s.max(f64::MIN_POSITIVE),
             whole: whole.rate(|answer| answer.tokens),
-            p50_s: whole.percentile(50, |answer| answer.seconds),
-            p95_s: whole.percentile(95, |answer| answer.seconds),
-            ttft_p95_s: whole.percentile(95, |answer| answer.ttft_seconds),
+            p50_s: whole.latency_s(50),
+            p95_s: whole.latency_s(95),
+            ttft_p95_s: whole.ttft_s(95),
         })
     }
 
@@ -168,7 +176,7 @@ impl Trial {
             .collect();
         let mut waiting = requests.into_iter();
         let mut running = JoinSet::new();
-        let mut answers = Vec::new();
+        let (mut answers, mut latencies_s) = (Vec::new(), Vec::new());
         let start = Instant::now();
         loop {
             while running.len() < load.n_together
@@ -176,17 +184,21 @@ impl Trial {
             {
                 let local = self.local.clone();
                 running.spawn_local(async move {
+                    let begun = Instant::now();
                     let mut job = local.start(request).await?;
                     let collector = Collector::new(0, String::new(), false);
-                    collector.collect(&mut job, async |_: &str| Ok(())).await
+                    let answer = collector.collect(&mut job, async |_: &str| Ok(())).await?;
+                    Ok::<_, CliError>((answer, begun.elapsed().as_secs_f64()))
                 });
             }
             let Some(ended) = running.join_next().await else { break };
-            let answer = ended.map_err(|error| CliError::with_code(ExitCode::Software, error))??;
+            let (answer, latency_s) =
+                ended.map_err(|error| CliError::with_code(ExitCode::Software, error))??;
             self.n_generated += u64::from(answer.tokens);
             answers.push(answer);
+            latencies_s.push(latency_s);
         }
-        Ok(Pass { answers, wall_s: start.elapsed().as_secs_f64() })
+        Ok(Pass { answers, latencies_s, wall_s: start.elapsed().as_secs_f64() })
     }
 
     /// Bytes of weights that all workers have read in all their steps.
