@@ -71,6 +71,10 @@ impl<'a> FiveMatrix<'a> {
     }
 
     /// The groups of a row.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "no other instruction set has this product")
+    )]
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> &'a [[u8; GROUP_BYTES]] {
         self.bytes[row * self.row_bytes..][..self.row_bytes].as_chunks().0

@@ -182,14 +182,14 @@ impl KernelSet {
         if self.isa == Isa::Scalar {
             return scalar::matmul_rows(job, acts, rows, scratch);
         }
-        let MatmulJob { matrix, five, out } = job;
+        let MatmulJob { matrix, out, .. } = job;
         #[cfg(target_arch = "x86_64")]
         if acts.n_rows() == 1
             && self.has_vbmi
-            && let Some(five) = five
+            && let Some(five) = job.five
         {
             // SAFETY: `has_vbmi` only if `for_isa` saw AVX-512 F, BW, VL, VNNI and VBMI on this CPU.
-            return unsafe { avx512::five::gemv(job, *five, acts, rows) };
+            return unsafe { avx512::five::gemv(job, five, acts, rows) };
         }
         if matrix.format() != TernaryFormat::Tq1_0 {
             let packed = PackedRows::of(matrix, rows.clone());

@@ -40,6 +40,10 @@ impl<'a> Output<'a> {
     }
 
     /// Whether what is there is overwritten.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "no other instruction set has this product")
+    )]
     pub(super) fn is_set(&self) -> bool {
         self.store == Store::Set
     }
