@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bitnetd_proto::exit_code::ExitCode;
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,22 @@ pub(crate) fn line(item: &Item, outcome: Result<&Answer, &str>) -> Result<String
     }
 }
 
+/// Looks at a lock that somebody has, and the pause between two.
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
+/// Locks the file. A program that another thread of ours is just starting has a copy of every descriptor until its `exec`,
+/// and with it a lock that was given back here: that passes.
+fn lock(file: &File) -> Result<(), TryLockError> {
+    for _ in 1..LOCK_TRIES {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => std::thread::park_timeout(LOCK_PAUSE),
+            decided => return decided,
+        }
+    }
+    file.try_lock()
+}
+
 /// The results file.
 #[derive(Debug)]
 pub(crate) struct Results {
@@ -78,7 +95,7 @@ impl Results {
             .open(path)
             .map_err(failed)
             .map_err(|error| error.hint("-o takes a file in a folder that exists"))?;
-        match file.try_lock() {
+        match lock(&file) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let message = format!("another batch is writing to `{}`", path.display());
