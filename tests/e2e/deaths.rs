@@ -147,15 +147,16 @@ fn an_endless_loop_on_the_compute_thread_is_found_and_the_answer_goes_on() {
 
 #[test]
 fn a_worker_that_reads_long_prompts_or_does_nothing_is_not_taken_for_a_hung_one() {
-    const TIMEOUT: Duration = Duration::from_secs(1);
+    // Long enough for a worker that has to wait for a CPU on a busy machine.
+    const TIMEOUT: Duration = Duration::from_secs(5);
     let folder = Folder::new();
     // Prompts are read a token a step, with the slow kernels: seconds for each, and no answer meanwhile.
-    let text = "split = { workers = 1, threads = 1 }\nwatchdog = { interval = \"100ms\", timeout = \"1s\" }\n\
+    let text = "split = { workers = 1, threads = 1 }\nwatchdog = { interval = \"100ms\", timeout = \"5s\" }\n\
                 engine = { isa = \"scalar\", prefill_chunk = 1, max_batch = 8 }\n";
     folder.write("watch.toml", text);
     let daemon = Daemon::start(&folder, "-c watch.toml");
     let worker = daemon.workers();
-    // On however fast a machine: more prompts at once until reading them takes three times as long as a silence may.
+    // On however fast a machine: more prompts at once until reading them takes longer than a silence may.
     let was_long = [1, 2, 4, 8].into_iter().any(|n_prompts| {
         let begin = Instant::now();
         std::thread::scope(|scope| {
@@ -169,12 +170,12 @@ fn a_worker_that_reads_long_prompts_or_does_nothing_is_not_taken_for_a_hung_one(
                 });
             }
         });
-        begin.elapsed() > 3 * TIMEOUT
+        begin.elapsed() > TIMEOUT + TIMEOUT / 4
     });
     assert!(was_long, "nothing here takes long enough to be taken for a hang: give the test more to read");
     // And idle for longer than a silence may be.
     let begin = Instant::now();
-    wait_for("an idle time beyond the timeout", || (begin.elapsed() > 2 * TIMEOUT).then_some(()));
+    wait_for("an idle time beyond the timeout", || (begin.elapsed() > TIMEOUT + TIMEOUT / 4).then_some(()));
     let report = daemon.status().unwrap();
     assert_eq!((report.totals.restarts, report.totals.failovers), (0, 0), "{report:?}");
     assert_eq!(daemon.workers(), worker);
