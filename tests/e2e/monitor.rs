@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 
 use bitnetd_config::cpu_list;
 use bitnetd_proto::status::{SlotReport, StatusReport};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::Signal;
 use nix::sys::termios::tcgetattr;
@@ -244,4 +245,31 @@ fn top_without_a_terminal_says_what_to_do_and_prints_a_frame_if_told() {
     let text = folder.run("top --once --socket %/bitnetd.sock").ok();
     assert!(text.starts_with("bitnetd ready, up ") && text.contains("─ Workers ─"), "{text}");
     assert!(!text.contains('\u{1b}'), "{text}");
+}
+
+#[test]
+fn top_ends_when_its_terminal_is_gone() {
+    let folder = Folder::new();
+    let _daemon = Daemon::start(&folder, "--workers 1 --threads 1");
+    let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    let pty = openpty(Some(&size), None).unwrap();
+    let mut command = folder.command("top --socket %/bitnetd.sock");
+    command
+        .stdin(pty.slave.try_clone().unwrap())
+        .stdout(pty.slave)
+        .stderr(Stdio::null())
+        .env("TERM", "xterm");
+    let mut child = command.spawn().unwrap();
+    drop(command); // It has our copies of that end.
+    fcntl(&pty.master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    let mut ours = fs::File::from(pty.master);
+    let (mut seen, mut bytes) = (String::new(), [0; 4096]);
+    wait_for("the first frame", || {
+        let n_bytes = ours.read(&mut bytes).ok()?;
+        seen += &String::from_utf8_lossy(&bytes[..n_bytes]);
+        seen.contains("Workers").then_some(())
+    });
+    drop(ours);
+    // No SIGHUP comes: it is not the controlling terminal.
+    wait_for("top ends", || child.try_wait().unwrap());
 }

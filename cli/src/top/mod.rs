@@ -11,6 +11,7 @@ mod tables; // Workers and jobs in rows.
 mod tests;
 
 use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,10 +23,12 @@ use bitnetd_proto::client::{Client, ClientError};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::status::StatusReport;
 use clap::Args;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::{DefaultTerminal, Terminal};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::daemon::{self, SocketArgs};
 use crate::error::{CliError, chain};
@@ -90,7 +93,8 @@ pub(crate) fn main(args: &TopArgs) -> Result<ExitCode, CliError> {
     let socket = args.socket.find()?;
     drop(daemon::connect(&socket)?);
     let is_told_to_end = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT, SIGHUP] {
+    // Not SIGHUP: it says that the terminal is gone, so there is nothing to put back, and its default is to end.
+    for signal in [SIGTERM, SIGINT] {
         signal_hook::flag::register(signal, is_told_to_end.clone())
             .map_err(|error| CliError::os("handle signals", error))?;
     }
@@ -167,6 +171,29 @@ fn ask(client: &mut Option<Client>, socket: &Path) -> Result<StatusReport, Clien
     client.status()
 }
 
+/// What a tick brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    /// Keys, a signal, or nothing.
+    Something,
+    /// Nobody is at the other end of the terminal any more.
+    Hangup,
+}
+
+/// Waits for a key, one tick at most.
+fn key_or_hangup() -> io::Result<Heard> {
+    let stdin = io::stdin();
+    let mut terminal = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    let tick = PollTimeout::try_from(TICK).map_err(io::Error::other)?;
+    match nix::poll::poll(&mut terminal, tick) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
+    let is_gone = terminal[0].revents().is_some_and(|events| events.intersects(gone));
+    Ok(if is_gone { Heard::Hangup } else { Heard::Something })
+}
+
 /// What is on the screen, and where its tables are scrolled to.
 #[derive(Debug)]
 struct Screen {
@@ -218,7 +245,11 @@ impl Screen {
                 terminal.draw(|frame| draw::draw(frame, &self.view()))?;
                 drawn_at = Some(Instant::now());
             }
-            if event::poll(TICK)? {
+            // crossterm reads for ever from a terminal that is gone (where SIGHUP is ignored, as under nohup).
+            if key_or_hangup()? == Heard::Hangup {
+                return Ok(());
+            }
+            while event::poll(Duration::ZERO)? {
                 match event::read()? {
                     Event::Key(key) if self.obey(key) == Next::Quit => return Ok(()),
                     Event::Key(_) | Event::Resize(..) => drawn_at = None,
