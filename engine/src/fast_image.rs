@@ -1,9 +1,8 @@
 //! What decoding reads instead of the file: fewer bytes for the same tokens, made once and shared by all workers.
 //!
-//! Two parts, each optional: every `I2_S` matrix with five codes to a byte
-//! ([`FiveMatrix`](crate::kernels::ternary::FiveMatrix)), and the screen of the output head ([`FastHead`]). Products with
-//! them are those of the file to the bit, and so are chosen tokens; an image can be taken up at any moment, also in the
-//! middle of an answer. Prompts are still computed from the file.
+//! Two parts, each optional: every `I2_S` matrix with five codes to a byte ([`FiveMatrix`]), and the screen of the output
+//! head ([`FastHead`]). Products with them are those of the file to the bit, and so are chosen tokens; an image can be
+//! taken up at any moment, also in the middle of an answer. Prompts are still computed from the file.
 //!
 //! Layout: a 64-byte header (magic, parts, fingerprint of the model, length, zeros), then the matrices layer by layer,
 //! then the screen; each part starts at a multiple of 64 bytes. Where they lie follows from the model alone. The
