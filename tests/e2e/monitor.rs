@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use bitnetd_config::cpu_list;
 use bitnetd_proto::status::{SlotReport, StatusReport};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::Signal;
 use nix::sys::termios::tcgetattr;
@@ -253,6 +253,8 @@ fn top_ends_when_its_terminal_is_gone() {
     let _daemon = Daemon::start(&folder, "--workers 1 --threads 1");
     let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     let pty = openpty(Some(&size), None).unwrap();
+    // Its end is only ours, or it would not be gone.
+    fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
     let mut command = folder.command("top --socket %/bitnetd.sock");
     command
         .stdin(pty.slave.try_clone().unwrap())
