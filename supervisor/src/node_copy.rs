@@ -43,6 +43,16 @@ impl NodeCopy {
     pub(crate) fn image(&self) -> BorrowedFd<'_> {
         self.image.as_fd()
     }
+
+    /// Takes a copy that was filled and sealed in an earlier life of the service.
+    pub(crate) fn set_model(&mut self, memory: OwnedFd) {
+        self.model = memory;
+    }
+
+    /// The same of the fast image.
+    pub(crate) fn set_image(&mut self, memory: OwnedFd) {
+        self.image = memory;
+    }
 }
 
 /// The copies that a plan needs: those of the same model that are there, and new ones.

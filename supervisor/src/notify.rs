@@ -22,10 +22,10 @@ use crate::state::{Readiness, State};
 
 /// The line on how it goes changes at most this often, unless it is about health.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
-/// While workers load, the manager is asked again and again for this much more time …
-const START_EXTENSION: Duration = Duration::from_secs(30);
+/// While workers load, at the start or for a reload, the manager is asked again and again for this much more time …
+const LOAD_EXTENSION: Duration = Duration::from_secs(30);
 /// … this often. The waits of the workers themselves are limited by the configuration, and so is their number.
-const START_EXTENSION_INTERVAL: Duration = Duration::from_secs(5);
+const LOAD_EXTENSION_INTERVAL: Duration = Duration::from_secs(5);
 /// The way out, after the last job: workers are stopped, clients hear the last of it.
 const STOP_RESERVE: Duration = Duration::from_secs(15);
 
@@ -76,8 +76,8 @@ impl Notifier {
     }
 
     /// Has the manager close what it keeps under a name.
-    pub(crate) fn forget(&self, name: &str) {
-        self.transmit(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
+    pub(crate) fn forget(&self, name: &str) -> bool {
+        self.transmit(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[])
     }
 
     fn send(&self, states: &[NotifyState<'_>]) -> bool {
@@ -123,6 +123,7 @@ fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
 pub(crate) struct Herald {
     notifier: Notifier,
     was_ready: bool,
+    was_reloading: bool,
     was_stopping: bool,
     status: String,
     /// What `status` was about.
@@ -137,6 +138,7 @@ impl Herald {
         Self {
             notifier,
             was_ready: false,
+            was_reloading: false,
             was_stopping: false,
             status: String::new(),
             seen: None,
@@ -152,7 +154,8 @@ impl Herald {
             return None;
         }
         let feed = self.notifier.watchdog.map(|_| self.feed_at);
-        let extend = (!self.was_ready).then_some(self.extend_at);
+        let is_loading = !self.was_stopping && (!self.was_ready || self.was_reloading);
+        let extend = is_loading.then_some(self.extend_at);
         [Some(self.status_at), feed, extend].into_iter().flatten().min()
     }
 
@@ -172,8 +175,16 @@ impl Herald {
             let time = NotifyState::ExtendTimeoutUsec(micros(state.drain_timeout() + STOP_RESERVE));
             self.was_stopping = self.notifier.send(&[NotifyState::Stopping, time]);
         }
+        // The first worker of a new configuration loads, too, and `systemctl reload` waits for it.
+        let is_reloading = !is_stopping && state.edition_on_trial().is_some();
+        if is_reloading && !self.was_reloading {
+            self.extend_at = now;
+        }
+        self.was_reloading = is_reloading;
         if !self.was_ready && !is_stopping {
             self.look_at_start(state, now);
+        } else if is_reloading {
+            self.ask_for_time(now);
         }
         self.tell_status(state, now);
     }
@@ -187,13 +198,17 @@ impl Herald {
                 self.status = status;
                 self.extend_at = now + STATUS_INTERVAL; // Tried again then if it was not taken.
             }
-            Readiness::Starting if self.extend_at <= now => {
-                self.notifier.send(&[NotifyState::ExtendTimeoutUsec(micros(START_EXTENSION))]);
-                self.extend_at = now + START_EXTENSION_INTERVAL;
-            }
-            Readiness::Starting => {}
+            Readiness::Starting => self.ask_for_time(now),
             // The process is about to end, and its exit code says why.
-            Readiness::Failed { .. } => self.extend_at = now + START_EXTENSION_INTERVAL,
+            Readiness::Failed { .. } => self.extend_at = now + LOAD_EXTENSION_INTERVAL,
+        }
+    }
+
+    /// Asks for more time to load, if that is due.
+    fn ask_for_time(&mut self, now: Duration) {
+        if self.extend_at <= now {
+            self.notifier.send(&[NotifyState::ExtendTimeoutUsec(micros(LOAD_EXTENSION))]);
+            self.extend_at = now + LOAD_EXTENSION_INTERVAL;
         }
     }
 

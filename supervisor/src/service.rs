@@ -159,8 +159,8 @@ impl Service {
             return Err(StartError::NoWorkers);
         }
         let mut image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
-        let copies = node_copy::for_plan(&spec.plan, &NodeCopies::new()).map_err(StartError::Model)?;
-        let shelf = Shelf::open(notifier.clone(), stored, &spec.config, &mut image);
+        let mut copies = node_copy::for_plan(&spec.plan, &NodeCopies::new()).map_err(StartError::Model)?;
+        let shelf = Shelf::open(notifier.clone(), stored, &spec.config, (&mut image, &mut copies));
         let n_durable_places = Arc::new(AtomicUsize::new(durable_places(&spec)));
         own_cpus::keep_to(&spec.plan.supervisor_cpus);
         let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);

@@ -2,19 +2,23 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use bitnetd_config::Config;
+use bitnetd_config::{Config, HeadChoice, ServiceManager};
 use bitnetd_placement::{Plan, WorkerPlacement};
-use bitnetd_supervisor::{ClientId, JobEvent, ModelSource, Service, ServiceSpec};
+use bitnetd_proto::status::SlotReport;
+use bitnetd_proto::worker_link::ImageState;
+use bitnetd_supervisor::{ClientId, JobEvent, ModelSource, Notifier, Service, ServiceSpec};
 use nix::sys::signal::Signal;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 use crate::security::OpenFolder;
 use crate::support::{DEADLINE, Daemon, Folder, field, random_request, send};
+use crate::systemd::{Manager, field as system_field};
 
 /// A service of this process with one worker for each entry, on CPU 0, which reads the copy of that "node". Where the
 /// copies lie is not asked here (a guest with two nodes does), only who has which.
@@ -47,16 +51,11 @@ enum Reads {
 }
 
 fn reads(pid: u32) -> Reads {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    let inodes = |name: &str| -> BTreeSet<u64> {
-        let lines = maps.lines().filter(|line| line.contains(name));
-        lines.map(|line| line.split_whitespace().nth(4).unwrap().parse().unwrap()).collect()
-    };
-    let copies: Vec<u64> = inodes("memfd:bitnetd-copy").into_iter().collect();
-    match (inodes("story.gguf").len(), copies.as_slice()) {
+    let copies: Vec<u64> = mapped(pid, "memfd:bitnetd-copy").into_iter().collect();
+    match (mapped(pid, "story.gguf").len(), copies.as_slice()) {
         (1, []) => Reads::File,
         (0, &[copy]) => Reads::Copy(copy),
-        other => panic!("it reads {other:?}: {maps}"),
+        other => panic!("it reads {other:?}"),
     }
 }
 
@@ -116,13 +115,78 @@ fn workers_of_a_node_share_its_copy_and_no_other() {
             assert!(start.elapsed() < DEADLINE, "{slots:?}");
             sleep(Duration::from_millis(5)).await;
         }
-        let copies =
-            fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
-        let n_copies = copies.filter(|link| link.to_str().unwrap().contains("bitnetd-copy")).count();
-        assert_eq!(n_copies, 1, "the supervisor keeps what is in use");
+        // Other tests of this process have copies of their own.
+        let files =
+            fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| fs::metadata(fd.unwrap().path()).ok());
+        let held: BTreeSet<u64> = files.map(|file| file.ino()).collect();
+        let is_held = |reads: &Reads| matches!(reads, Reads::Copy(inode) if held.contains(inode));
+        assert!(is_held(&of[1]) && !is_held(&of[0]), "the supervisor keeps what is in use");
         assert_eq!(answer(&service).await, text);
         service.stop().await;
         service.stopped().await;
+    });
+}
+
+/// Inodes of what a process has mapped under this name.
+fn mapped(pid: u32, name: &str) -> BTreeSet<u64> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let lines = maps.lines().filter(|line| line.contains(name));
+    lines.map(|line| line.split_whitespace().nth(4).unwrap().parse().unwrap()).collect()
+}
+
+#[test]
+fn the_copies_of_nodes_are_kept_over_a_restart() {
+    let folder = Folder::new();
+    let manager = Manager::new(&folder);
+    let notify_socket = Some(folder.path("notify").into());
+    let notifier = Notifier::new(&ServiceManager { notify_socket, ..ServiceManager::default() });
+    let with_images = |copy_nodes: &[Option<u32>]| {
+        let mut spec = spec(copy_nodes);
+        spec.config.model.head = HeadChoice::Fast;
+        spec
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let first = with_images(&[Some(0), Some(3)]);
+        let service = Service::start_under(first, notifier.clone(), Vec::new()).await.unwrap();
+        let text = answer(&service).await;
+        let files = spawn_blocking(move || ([(); 4].map(|()| manager.receive_file()), manager));
+        let (mut files, manager) = files.await.unwrap();
+        service.stop().await;
+        service.stopped().await;
+        files.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let kinds = files.each_ref().map(|(name, _)| name.split('.').next().unwrap());
+        assert_eq!(kinds, ["copy-0", "copy-3", "prepared-0", "prepared-3"]);
+        let inodes = files.each_ref().map(|(_, file)| file.metadata().unwrap().ino());
+        // One node has no worker any more, another one is new.
+        let second = with_images(&[Some(3), Some(1)]);
+        let stored = files.into_iter().map(|(name, file)| (name, file.into())).collect();
+        let service = Service::start_under(second, notifier, stored).await.unwrap();
+        let start = std::time::Instant::now();
+        loop {
+            let slots = service.status().await.slots;
+            let is_used =
+                |slot: &SlotReport| matches!(slot.load.image, ImageState::Made | ImageState::Mapped);
+            if slots.iter().all(|slot| slot.state == "ready" && is_used(slot)) {
+                let of = |slot: &SlotReport, name| mapped(slot.pid.unwrap(), name);
+                assert_eq!(of(&slots[0], "memfd:bitnetd-copy"), BTreeSet::from([inodes[1]]));
+                assert_eq!(of(&slots[0], "memfd:bitnetd-head"), BTreeSet::from([inodes[3]]));
+                assert_eq!(slots[0].load.image, ImageState::Mapped, "nobody made it again");
+                assert_eq!(slots[1].load.image, ImageState::Made);
+                assert!(of(&slots[1], "memfd:bitnetd-copy").is_disjoint(&inodes.into()));
+                break;
+            }
+            assert!(start.elapsed() < DEADLINE, "{slots:?}");
+            sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(answer(&service).await, text);
+        service.stop().await;
+        service.stopped().await;
+        for kind in ["copy-0", "prepared-0"] {
+            let removed = manager.hear_until("FDSTOREREMOVE=1");
+            let name = system_field(removed.last().unwrap(), "FDNAME").unwrap();
+            assert_eq!(name.split('.').next(), Some(kind), "{name}");
+        }
     });
 }
 
