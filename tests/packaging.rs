@@ -50,8 +50,13 @@ fn each_kind_of_unit_differs_from_its_template_in_the_name_only() {
 
 #[test]
 fn every_restriction_is_explained() {
+    let page = fs::read_to_string(root().join("docs/systemd.md")).unwrap();
     for name in ["bitnetd.service", "bitnetd@.service"] {
         let text = unit(name);
+        // One figure, and each point that is left has its line: `tests/guest/systemd.sh` asks the real one.
+        let exposure = text.split_once("`systemd-analyze security bitnetd` says ").unwrap().1;
+        let exposure = exposure.split_once(". ---").unwrap().0;
+        assert!(page.contains(&format!("`systemd-analyze security bitnetd` says {exposure} ")), "{exposure}");
         let (_, confinement) = text.split_once("# --- What it may do").unwrap();
         // Runs of settings, each right after a comment that is about all of them.
         let mut n_in_run = None;

@@ -3,16 +3,17 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use bitnetd_proto::client::Client;
 use bitnetd_proto::status::SlotReport;
 use bitnetd_proto::worker_link::{Confinement, ImageState};
 use nix::libc;
 use nix::sys::signal::Signal;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
-use crate::support::{Daemon, Finished, Folder, field, generate, random_request, send, wait_for};
+use crate::support::{DEADLINE, Daemon, Finished, Folder, field, generate, random_request, send, wait_for};
 
 /// A field of `/proc/PID/status` for each thread.
 fn of_threads(pid: u32, name: &str) -> Vec<String> {
@@ -177,6 +178,26 @@ fn confinement_that_is_required_and_not_there_is_a_reason_not_to_start() {
 }
 
 #[test]
+fn a_kernel_without_seccomp_is_told_of_or_refused() {
+    let (call, errno) = (libc::SYS_seccomp, libc::ENOSYS);
+    let folder = Folder::new();
+    let line = with_confinement(&folder, "require");
+    let finished: Finished = without(call, errno, move || folder.run(&format!("serve --socket %/s {line}")));
+    assert_eq!(finished.code, Some(78), "{finished:?}");
+    assert!(finished.stderr.contains("cannot filter system calls"), "{finished:?}");
+    let folder = Folder::new();
+    let line = with_confinement(&folder, "auto");
+    let (folder, daemon) = without(call, errno, move || {
+        let daemon = Daemon::start(&folder, &line);
+        (folder, daemon)
+    });
+    let held = daemon.status().unwrap().slots[0].confinement.unwrap();
+    assert!(!held.seccomp && held.landlock > 0, "{held:?}");
+    assert!(daemon.log(&folder).contains("system calls are not filtered"), "{}", daemon.log(&folder));
+    assert!(!generate(&mut daemon.connect().unwrap(), &random_request("Once", 1, 5)).unwrap().is_empty());
+}
+
+#[test]
 fn confinement_can_be_switched_off() {
     let folder = Folder::new();
     let line = with_confinement(&folder, "off");
@@ -249,6 +270,63 @@ fn a_service_manager_may_forbid_what_there_is_no_need_for() {
         open.folder.finish(command)
     });
     assert_eq!(finished.code, Some(0), "{finished:?}");
+}
+
+#[test]
+fn a_proc_that_hides_the_workers_costs_their_threads_and_nothing_else() {
+    let Some(open) = OpenFolder::new() else { return };
+    open.folder.write("c.toml", "[split]\nworkers = 2\nthreads = 1\n");
+    let own = open.folder.path("own");
+    fs::create_dir(&own).unwrap();
+    fs::set_permissions(&own, fs::Permissions::from_mode(0o777)).unwrap();
+    // As `ProtectProc=invisible` does it: a /proc of its own, for a user who may look into no process that is not dumpable.
+    let as_a_user = "mount -t proc -o hidepid=2 proc /proc || exit 99\n\
+        exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"";
+    let in_there = |args: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", as_a_user, "sh"]).args(args);
+        command.current_dir(&own).env("HOME", &own).env("STATE_DIRECTORY", &own).stdin(Stdio::null());
+        command
+    };
+    let tried = in_there(&["true"]).output();
+    if !tried.as_ref().is_ok_and(|output| output.status.success()) {
+        #[expect(clippy::print_stderr, reason = "a test that proves nothing says so")]
+        {
+            eprintln!("SKIPPED: /proc cannot be mounted here: {tried:?}");
+        }
+        return;
+    }
+    let socket = own.join("s");
+    let [program, socket] = [&open.program, &socket].map(|path| path.to_str().unwrap());
+    let log = fs::File::create(open.folder.path("log")).unwrap();
+    let mut command = in_there(&[program, "serve", "-c", "../c.toml", "--socket", socket]);
+    let mut daemon = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
+    let outcome = std::panic::catch_unwind(|| {
+        let report = wait_for("it knows all that it can know", || {
+            let report = Client::connect(Path::new(socket), "e2e", DEADLINE).ok()?.status().ok()?;
+            let is_known = |slot: &SlotReport| slot.state == "ready" && slot.load.memory.is_some();
+            let is_complete = !report.cpus.is_empty() && report.cpus.iter().any(|cpu| cpu.busy.is_some());
+            (is_complete && report.slots.iter().all(is_known)).then_some(report)
+        });
+        for slot in &report.slots {
+            assert!(slot.threads.is_empty(), "they are hidden: {slot:?}");
+            let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", slot.pid.unwrap())).unwrap();
+            assert_eq!(score, "500\n", "it goes before the supervisor does");
+        }
+        let mut client = Client::connect(Path::new(socket), "e2e", DEADLINE).unwrap();
+        assert!(!generate(&mut client, &random_request("Once", 1, 5)).unwrap().is_empty());
+        // What dies is replaced, and said to have died.
+        send(report.slots[0].pid.unwrap(), Signal::SIGKILL);
+        wait_for("another worker", || {
+            let slot = client.status().ok()?.slots.remove(0);
+            (slot.restarts == 1 && slot.state == "ready").then_some(())
+        });
+        let shown = open.folder.run(&format!("status --socket {socket}")).ok();
+        assert!(shown.contains("killed by signal 9 (SIGKILL)"), "{shown}");
+    });
+    let _gone = daemon.kill();
+    let _reaped = daemon.wait();
+    outcome.unwrap();
 }
 
 const FORBIDDEN_BY_MODE: Option<i32> = Some(77);
