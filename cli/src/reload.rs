@@ -77,10 +77,8 @@ pub(crate) async fn at_each_hangup(mut hangup: Signal, service: Service) {
         tracing::info!("SIGHUP: reading the configuration again");
         loop {
             let Err(error) = service.reload().await else { break };
-            let hint = error.hint.as_deref();
             if error.code != ErrorCode::Overloaded {
-                tracing::error!(code = ?error.code, hint, "not reloaded, the old configuration stays: {error}");
-                break;
+                break; // It is in the log.
             }
             tracing::warn!("not reloaded yet: {error}");
             sleep(error.retry_after_ms.map_or(RETRY_WAIT, Duration::from_millis)).await;

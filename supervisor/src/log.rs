@@ -50,7 +50,8 @@ pub(crate) fn write(note: &Note) {
             tracing::info!(edition, n_kept, n_new, is_new_model, "a new configuration holds");
         }
         Note::ReloadFailed { edition, error } => {
-            tracing::error!(edition, code = ?error.code, hint = error.hint, "the old configuration stays: {error}");
+            // Whoever asked is told, and then it is logged: there are more reasons than this one.
+            tracing::debug!(edition, code = ?error.code, "no new configuration: {error}");
         }
         Note::WorkerRetired { slot, n_jobs } => {
             tracing::info!(

@@ -341,7 +341,7 @@ impl Service {
     ///
     /// Answers when the first worker of the new configuration is ready and it holds (the other workers are replaced
     /// one by one after that), or when it is clear that the old one stays. A reload while another one is under way
-    /// waits its turn.
+    /// waits its turn. That it is refused is logged.
     ///
     /// # Errors
     /// What is wrong with the new configuration; [`ErrorCode::Overloaded`] while jobs of a former model still run.
@@ -359,6 +359,13 @@ impl Service {
         let outcome = self.reload_from(reloader).await;
         if is_up {
             self.notifier.reloaded();
+        }
+        // Also if a client asked, who is told: the log should not end with the question.
+        if let Err(error) = &outcome
+            && error.code != ErrorCode::Overloaded
+        {
+            let (code, hint) = (error.code, error.hint.as_deref());
+            tracing::error!(?code, hint, "not reloaded, the old configuration stays: {error}");
         }
         outcome
     }

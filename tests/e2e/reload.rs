@@ -120,17 +120,26 @@ fn whatever_is_wrong_keeps_the_old_configuration() {
             "`listen.max_connections`, `log.format` cannot change",
         ),
     ];
-    for (text, part) in cases {
+    // What the log says of each; problems are on lines of their own.
+    let refusals = || -> Vec<String> {
+        let log = daemon.log(&folder);
+        log.split("not reloaded, the old configuration stays").skip(1).map(str::to_owned).collect()
+    };
+    let n_cases = cases.len();
+    for (idx, (text, part)) in cases.into_iter().enumerate() {
         folder.write("d.toml", text);
         let refused = folder.run("reload --socket %/bitnetd.sock");
         assert!(
             refused.code.is_some_and(|code| code > 0) && refused.stderr.contains(part),
             "{text}\n{refused:?}"
         );
+        // Whoever reads the log later sees it once.
+        let logged = wait_for("the log says it", || Some(refusals()).filter(|lines| lines.len() > idx));
+        assert!(logged.len() == idx + 1 && logged[idx].contains(part), "{part}: {logged:?}");
     }
     // By signal nobody waits for the answer; the log has it.
     daemon.signal(Signal::SIGHUP);
-    wait_for("the log says it", || daemon.log(&folder).contains("not reloaded").then_some(()));
+    wait_for("the log says it", || (refusals().len() == n_cases + 1).then_some(()));
     assert_eq!(daemon.workers(), workers, "a worker was touched");
     folder.write("d.toml", good.replace("1.gguf", "2.gguf"));
     folder.run("reload --socket %/bitnetd.sock").ok();
