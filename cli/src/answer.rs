@@ -58,6 +58,9 @@ pub(crate) struct Answer {
     pub decode_seconds: f64,
     /// Keys the random choices.
     pub seed: u64,
+    /// Name of the model that answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
     /// The tokens themselves.
     pub token_ids: Vec<u32>,
     /// One entry for each token, if asked for.
@@ -68,11 +71,11 @@ pub(crate) struct Answer {
 impl Answer {
     /// The answer of a durable job.
     pub(crate) fn of_record(request: &GenerateRequest, answer: JobAnswer, prompt: String) -> Self {
-        let JobAnswer { text, token_ids, logprobs, finish_reason, usage, timings } = answer;
+        let JobAnswer { text, token_ids, logprobs, finish_reason, usage, timings, model } = answer;
         let mut collector = Collector::new(0, prompt, request.logprobs.is_some());
         collector.seed = request.sampling.seed.unwrap_or_default();
         (collector.text, collector.token_ids, collector.logprobs) = (text, token_ids, logprobs);
-        collector.finish(&Done { finish_reason, tail: String::new(), usage, timings })
+        collector.finish(&Done { finish_reason, tail: String::new(), usage, timings, model })
     }
 
     /// As one line of JSON.
@@ -167,6 +170,7 @@ impl Collector {
             prefill_seconds: done.timings.prefill_s,
             decode_seconds: done.timings.decode_s,
             seed: self.seed,
+            model: done.model.clone(),
             token_ids: self.token_ids,
             logprobs: self.has_logprobs.then_some(self.logprobs),
         }
@@ -230,6 +234,7 @@ mod tests {
                 slot: 0,
                 failovers: 0,
             },
+            model: Some("tales".into()),
         };
         let events = vec![
             AnswerEvent::Accepted { seed: 7 },
@@ -253,7 +258,7 @@ mod tests {
             .unwrap();
         assert_eq!(seen.concat(), answer.text);
         assert_eq!((answer.prefill_rate(), answer.decode_rate()), (Some(8.0), Some(8.0)));
-        insta::assert_snapshot!(answer.to_json_line().unwrap().trim(), @r#"{"index":3,"prompt":"Once","text":" there was!","tokens":3,"finish_reason":"length","seconds":0.75,"prompt_tokens":5,"cached_tokens":1,"ttft_seconds":1.5,"prefill_seconds":0.5,"decode_seconds":0.25,"seed":7,"token_ids":[10,11,12]}"#);
+        insta::assert_snapshot!(answer.to_json_line().unwrap().trim(), @r#"{"index":3,"prompt":"Once","text":" there was!","tokens":3,"finish_reason":"length","seconds":0.75,"prompt_tokens":5,"cached_tokens":1,"ttft_seconds":1.5,"prefill_seconds":0.5,"decode_seconds":0.25,"seed":7,"model":"tales","token_ids":[10,11,12]}"#);
     }
 
     #[tokio::test]

@@ -111,6 +111,9 @@ pub struct JobAnswer {
     pub usage: Usage,
     /// Times measured, of the supervisor that finished it.
     pub timings: Timings,
+    /// Name of the model that answered: a job that waited over a reload or a restart has that of the time it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
 }
 
 /// Checks what [`GenerateRequest::validate`] does not: whether key and answer can be kept.

@@ -41,6 +41,9 @@ pub struct Done {
     pub usage: Usage,
     /// Times measured.
     pub timings: Timings,
+    /// Name of the model that answered. Filled in by the supervisor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
 }
 
 /// Why generation ended.

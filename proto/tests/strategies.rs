@@ -93,8 +93,8 @@ fn token() -> impl Strategy<Value = Token> {
 fn done() -> impl Strategy<Value = Done> {
     let finish_reason = prop_oneof![Just(FinishReason::Stop), Just(FinishReason::Length)];
     let seconds = [(); 5].map(|()| finite_f64());
-    (finish_reason, text(), any::<(u32, u32, u32)>(), seconds, any::<(u32, u32)>()).prop_map(
-        |(finish_reason, tail, usage, s, (slot, failovers))| Done {
+    (finish_reason, text(), any::<(u32, u32, u32)>(), seconds, any::<(u32, u32)>(), option::of(text()))
+        .prop_map(|(finish_reason, tail, usage, s, (slot, failovers), model)| Done {
             finish_reason,
             tail,
             usage: Usage { prompt_tokens: usage.0, cached_tokens: usage.1, completion_tokens: usage.2 },
@@ -107,8 +107,8 @@ fn done() -> impl Strategy<Value = Done> {
                 slot,
                 failovers,
             },
-        },
-    )
+            model,
+        })
 }
 
 fn wire_error() -> impl Strategy<Value = WireError> {
@@ -150,6 +150,7 @@ fn record() -> impl Strategy<Value = JobRecord> {
         finish_reason: done.finish_reason,
         usage: done.usage,
         timings: done.timings,
+        model: done.model,
     });
     (summary(), request(), option::of(answer)).prop_map(|(summary, request, answer)| JobRecord {
         summary,

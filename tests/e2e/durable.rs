@@ -13,6 +13,33 @@ use serde_json::Value;
 
 use crate::support::{Daemon, Folder, PROMPTS, generate, random_request, wait_for};
 
+/// What is said of a job that was submitted now, and of the service's model.
+fn model_of_a_new_job(folder: &Folder, daemon: &Daemon) -> (u64, Value) {
+    let job = folder.run_prompt("submit -n 4 --socket %/bitnetd.sock", "Once").ok();
+    let answer = folder.run(&format!("wait {} --json --socket %/bitnetd.sock", job.trim())).json();
+    assert_eq!(answer["model"], daemon.status().unwrap().model.unwrap().name, "{answer}");
+    (job.trim().parse().unwrap(), answer["model"].clone())
+}
+
+#[test]
+fn a_result_says_which_model_gave_it_after_a_reload_and_a_restart_too() {
+    let folder = Folder::new();
+    folder.run("model synth tiny %/other.gguf --seed 1").ok();
+    folder.write("d.toml", "[split]\nworkers = 1\nthreads = 1\n");
+    let daemon = Daemon::start(&folder, "-c %/d.toml");
+    let (first, model) = model_of_a_new_job(&folder, &daemon);
+    folder.write("d.toml", "model.path = \"other.gguf\"\nsplit = { workers = 1, threads = 1 }\n");
+    folder.run("reload --socket %/bitnetd.sock").ok();
+    let (second, other) = model_of_a_new_job(&folder, &daemon);
+    assert_ne!(model, other);
+    drop(daemon);
+    let _daemon = Daemon::start(&folder, "-c %/d.toml");
+    for (job, model) in [(first, model), (second, other)] {
+        let kept = folder.run(&format!("result {job} --json --socket %/bitnetd.sock")).json();
+        assert_eq!(kept["model"], model, "{kept}");
+    }
+}
+
 const SPLIT: &str = "--workers 2 --threads 1";
 
 fn submission(number: usize, key: &str) -> Submission {

@@ -27,7 +27,7 @@ fn json_has_the_documented_fields() {
     let text = folder.run_prompt("run -n 12", "One day").ok();
     let json = folder.run_prompt("run -n 12 --json --logprobs 2", "One day").json();
     let keys: Vec<&String> = json.as_object().unwrap().keys().collect();
-    insta::assert_snapshot!(format!("{keys:?}"), @r#"["cached_tokens", "decode_seconds", "finish_reason", "index", "logprobs", "prefill_seconds", "prompt", "prompt_tokens", "seconds", "seed", "text", "token_ids", "tokens", "ttft_seconds"]"#);
+    insta::assert_snapshot!(format!("{keys:?}"), @r#"["cached_tokens", "decode_seconds", "finish_reason", "index", "logprobs", "model", "prefill_seconds", "prompt", "prompt_tokens", "seconds", "seed", "text", "token_ids", "tokens", "ttft_seconds"]"#);
     assert_eq!(json["text"].as_str().unwrap().trim_end_matches('\n'), text.trim_end_matches('\n'));
     assert_eq!((&json["prompt"], &json["index"]), (&Value::from("One day"), &Value::from(0)));
     assert_eq!(json["finish_reason"], "length");

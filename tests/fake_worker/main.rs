@@ -362,6 +362,7 @@ fn done() -> Done {
         tail: String::new(),
         usage: Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens: 0 },
         timings: Timings { prefill_s: 0.001, ..Timings::default() },
+        model: None,
     }
 }
 

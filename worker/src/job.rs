@@ -132,6 +132,7 @@ fn to_done(summary: Summary) -> Done {
             decode_s: summary.decode.as_secs_f64(),
             ..Timings::default()
         },
+        model: None,
     }
 }
 

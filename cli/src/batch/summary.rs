@@ -113,6 +113,7 @@ mod tests {
             prefill_seconds: 0.5,
             decode_seconds: 2.0,
             seed: 0,
+            model: None,
             token_ids: Vec::new(),
             logprobs: None,
         }

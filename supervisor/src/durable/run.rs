@@ -123,7 +123,7 @@ impl Collected {
     }
 
     fn finish(self, done: Done) -> JobAnswer {
-        let Done { finish_reason, tail, usage, timings } = done;
+        let Done { finish_reason, tail, usage, timings, model } = done;
         JobAnswer {
             text: self.text + &tail,
             token_ids: self.token_ids,
@@ -131,6 +131,7 @@ impl Collected {
             finish_reason,
             usage,
             timings,
+            model,
         }
     }
 }

@@ -123,6 +123,7 @@ fn done(text: &str) -> Outcome {
         finish_reason: FinishReason::Length,
         usage: Usage::default(),
         timings: Timings::default(),
+        model: Some("story".into()),
     }))
 }
 

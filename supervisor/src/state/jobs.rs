@@ -435,10 +435,11 @@ impl State {
 
     pub(super) fn job_done(&mut self, slot: SlotId, job: JobId, done: Done, now: Duration) {
         let Some(record) = self.on_slot(job, slot) else { return };
-        let done = record.complete(done, slot, now);
+        let mut done = record.complete(done, slot, now);
         let on_worker = now.saturating_sub(record.first_dispatch_at.unwrap_or(now)).as_secs_f64();
         self.job_seconds = 0.9 * self.job_seconds + 0.1 * on_worker;
         self.totals.completed += 1;
+        done.model = self.slot_mut(slot).and_then(|of| of.model_name.clone());
         self.end(job, Ok(done));
     }
 

@@ -108,6 +108,8 @@ pub(crate) struct Slot {
     load_at: Option<Duration>,
     prefill: Meter,
     decode: Meter,
+    /// What the live process calls its model.
+    pub(super) model_name: Option<String>,
     /// What holds the live process in, once it is ready.
     pub(crate) confinement: Option<Confinement>,
     pub(crate) last_exit: Option<String>,
@@ -136,6 +138,7 @@ impl Slot {
             load_at: None,
             prefill: Meter::default(),
             decode: Meter::default(),
+            model_name: None,
             confinement: None,
             last_exit: None,
             ended_for: None,
@@ -267,6 +270,7 @@ impl State {
                 of.phase = Phase::Ready { watch: Watch { seq: 0, asked_at: None, ask_at: now } };
                 of.was_ready = true;
                 of.confinement = Some(confinement);
+                of.model_name = Some(model.name.clone());
                 let (role, of_model, pid) = (of.role, of.model, of.pid);
                 self.note(Note::WorkerReady { slot, pid, load_s, confinement });
                 if role == Role::Trial {
@@ -326,6 +330,7 @@ impl State {
         of.load_at = None;
         (of.prefill, of.decode) = (Meter::default(), Meter::default());
         of.confinement = None;
+        of.model_name = None;
         of.last_exit = match (&exit, &reason, &start_failure) {
             (_, Some(reason), _) => Some(format!("killed: {reason}")),
             (_, None, Some((error, _))) => Some(error.message.clone()),

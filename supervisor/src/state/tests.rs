@@ -56,6 +56,7 @@ fn done() -> Done {
         tail: String::new(),
         usage: Usage::default(),
         timings: Timings::default(),
+        model: None,
     }
 }
 

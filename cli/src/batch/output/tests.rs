@@ -29,6 +29,7 @@ fn answer(item: &Item) -> Answer {
         prefill_seconds: 0.25,
         decode_seconds: 0.25,
         seed: 7,
+        model: Some("tales".into()),
         token_ids: vec![10, 11],
         logprobs: None,
     }
@@ -41,7 +42,7 @@ fn done_line(item: &Item) -> String {
 #[test]
 fn a_line_has_what_the_documentation_names() {
     let items = items();
-    insta::assert_snapshot!(done_line(&items[0]), @r#"{"index":0,"prompt":"zero","text":"after zero\n","tokens":2,"finish_reason":"stop","seconds":0.5,"prompt_tokens":1,"cached_tokens":0,"ttft_seconds":0.25,"prefill_seconds":0.25,"decode_seconds":0.25,"seed":7,"token_ids":[10,11],"request":"a24b97fcaf56b32f"}"#);
+    insta::assert_snapshot!(done_line(&items[0]), @r#"{"index":0,"prompt":"zero","text":"after zero\n","tokens":2,"finish_reason":"stop","seconds":0.5,"prompt_tokens":1,"cached_tokens":0,"ttft_seconds":0.25,"prefill_seconds":0.25,"decode_seconds":0.25,"seed":7,"model":"tales","token_ids":[10,11],"request":"a24b97fcaf56b32f"}"#);
     insta::assert_snapshot!(line(&items[1], Err("too long")).unwrap(), @r#"{"index":1,"prompt":"one","error":"too long","request":"370f483dc9d48e99"}"#);
 }
 
