@@ -296,6 +296,19 @@ fn what_systemd_passes_on_is_looked_at() {
 }
 
 #[test]
+fn the_lists_of_users_hold_on_a_socket_of_systemd() {
+    let folder = Folder::new();
+    let manager = Manager::new(&folder);
+    folder.write("a.toml", "[split]\nworkers = 1\nthreads = 1\n[listen]\nallow_uids = [4100]\n");
+    let socket = OwnedFd::from(UnixListener::bind(folder.path("b.sock")).unwrap());
+    let _daemon = Activated::start(&folder, vec![("bitnetd", socket)], "serve -c a.toml");
+    manager.hear_until("READY=1");
+    let refused = folder.run("status --socket %/b.sock");
+    assert_eq!(refused.code, Some(77), "{refused:?}");
+    assert!(refused.stderr.contains("may not use this socket"), "{refused:?}");
+}
+
+#[test]
 fn a_killed_activated_daemon_leaves_no_worker_and_a_socket_that_works() {
     let folder = Folder::new();
     let manager = Manager::new(&folder);
