@@ -134,6 +134,17 @@ fn mapped(pid: u32, name: &str) -> BTreeSet<u64> {
     lines.map(|line| line.split_whitespace().nth(4).unwrap().parse().unwrap()).collect()
 }
 
+/// Start of the name of something kept.
+fn kind(name: &str) -> String {
+    name.split('.').next().unwrap().to_owned()
+}
+
+/// What the manager is told next to keep no longer.
+fn removed(manager: &Manager) -> String {
+    let said = manager.hear_until("FDSTOREREMOVE=1");
+    kind(system_field(said.last().unwrap(), "FDNAME").unwrap())
+}
+
 #[test]
 fn the_copies_of_nodes_are_kept_over_a_restart() {
     let folder = Folder::new();
@@ -155,7 +166,7 @@ fn the_copies_of_nodes_are_kept_over_a_restart() {
         service.stop().await;
         service.stopped().await;
         files.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let kinds = files.each_ref().map(|(name, _)| name.split('.').next().unwrap());
+        let kinds = files.each_ref().map(|(name, _)| kind(name));
         assert_eq!(kinds, ["copy-0", "copy-3", "prepared-0", "prepared-3"]);
         let inodes = files.each_ref().map(|(_, file)| file.metadata().unwrap().ino());
         // One node has no worker any more, another one is new.
@@ -180,13 +191,23 @@ fn the_copies_of_nodes_are_kept_over_a_restart() {
             sleep(Duration::from_millis(5)).await;
         }
         assert_eq!(answer(&service).await, text);
+        let listen = spawn_blocking(move || {
+            let removed = [(); 2].map(|()| removed(&manager));
+            let mut stored = [(); 2].map(|()| kind(&manager.receive_file().0));
+            stored.sort();
+            ((removed, stored), manager)
+        });
+        let (heard, manager) = listen.await.unwrap();
+        assert_eq!(
+            heard,
+            (["copy-0", "prepared-0"].map(str::to_owned), ["copy-1", "prepared-1"].map(str::to_owned))
+        );
+        // So it goes with a reload: what a node had goes when its workers do.
+        service.reload_to(with_images(&[Some(3), Some(3)])).await.unwrap();
+        let listen = spawn_blocking(move || [(); 2].map(|()| removed(&manager)));
+        assert_eq!(listen.await.unwrap(), ["copy-1", "prepared-1"]);
         service.stop().await;
         service.stopped().await;
-        for kind in ["copy-0", "prepared-0"] {
-            let removed = manager.hear_until("FDSTOREREMOVE=1");
-            let name = system_field(removed.last().unwrap(), "FDNAME").unwrap();
-            assert_eq!(name.split('.').next(), Some(kind), "{name}");
-        }
     });
 }
 
