@@ -16,7 +16,7 @@ use crate::model::Model;
 use crate::pool::{PoolError, PoolOptions, ThreadPool, Wait};
 use crate::sampler::{SamplerScratch, SamplingError};
 use crate::sequence::{EngineEvent, Sequence, SequenceId, SequenceRequest, StepEvents};
-use crate::speculation::{GUESSES_MAX, Speculation, StepCosts};
+use crate::speculation::{Speculation, StepCosts, decode_rows_max};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// How long a step with prompt tokens should take while others wait for their next token.
@@ -183,10 +183,13 @@ impl Engine {
             head_dim: hparams.head_dim,
             n_pages,
         });
-        let n_guesses_max = if options.speculation == Speculation::Off { 0 } else { GUESSES_MAX };
+        let n_decode_max = match options.speculation {
+            Speculation::Off => options.max_batch,
+            Speculation::Auto | Speculation::Always => decode_rows_max(options.max_batch),
+        };
         let limits = ForwardLimits {
-            n_rows_max: options.max_batch + options.prefill_chunk.max(n_guesses_max),
-            n_logits_max: options.max_batch + n_guesses_max,
+            n_rows_max: n_decode_max.max(options.max_batch + options.prefill_chunk),
+            n_logits_max: n_decode_max,
             n_ctx,
         };
         Ok(Self {
@@ -331,7 +334,7 @@ impl Engine {
     ///
     /// A step in which no sequence comes or goes allocates nothing, but for log-probabilities that are asked for.
     pub fn step(&mut self, events: &mut StepEvents) {
-        events.begin(self.max_batch + GUESSES_MAX);
+        events.begin(decode_rows_max(self.max_batch));
         self.admit(events);
         if self.running.is_empty() {
             return;

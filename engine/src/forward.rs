@@ -53,12 +53,7 @@ struct Fast {
 #[derive(Debug)]
 struct RunState {
     x: Vec<f32>,                         // (rows, n_embd): the residual stream
-    q: Vec<f32>,                         // (rows, n_heads, head_dim)
-    k: Vec<f32>,                         // (rows, n_kv_heads, head_dim)
-    v: Vec<f32>,                         // (rows, n_kv_heads, head_dim)
-    attn: Vec<f32>,                      // (rows, n_heads, head_dim)
-    gate: Vec<f32>,                      // (rows, n_ff)
-    up: Vec<f32>,                        // (rows, n_ff)
+    block: Vec<f32>,                     // (rows, half a layer): q, k, v and attn; then gate and up
     acts: QuantizedRows,                 // (rows, the widest of the above)
     last: Vec<f32>,                      // (rows with logits, n_embd): picked rows of x
     normed: Vec<f32>,                    // (rows with logits, n_embd): those after the last norm
@@ -175,6 +170,9 @@ impl Forward {
         self.embed(&model, rows);
         self.state.positions.clear();
         self.state.positions.extend(rows.iter().map(|row| row.position));
+        if let Some(last) = rows.iter().map(|row| row.position).max() {
+            self.rope.reach(last as usize);
+        }
         let mut visible = emptied(std::mem::take(&mut self.state.visible));
         visible.extend(
             rows.iter().map(|row| AttentionRow { pages: row.pages, n_visible: row.position as usize + 1 }),
@@ -212,9 +210,12 @@ impl Forward {
         let HyperParams { n_embd, n_heads, n_kv_heads, head_dim, rms_eps, .. } = *hparams;
         let style = hparams.architecture.rope_style();
         let (kernels, pool, n, s) = (self.kernels, &self.pool, rows.len(), &mut self.state);
-        let (x, q) = (&mut s.x[..n * n_embd], &mut s.q[..n * hparams.q_width()]);
-        let (k, v) = (&mut s.k[..n * hparams.kv_width()], &mut s.v[..n * hparams.kv_width()]);
-        let attn = &mut s.attn[..n * hparams.q_width()];
+        let (q_len, kv_len) = (n * hparams.q_width(), n * hparams.kv_width());
+        let x = &mut s.x[..n * n_embd];
+        let (q, block) = s.block.split_at_mut(q_len); // (n, n_heads, head_dim)
+        let (k, block) = block.split_at_mut(kv_len); // (n, n_kv_heads, head_dim)
+        let (v, block) = block.split_at_mut(kv_len); // As k.
+        let attn = &mut block[..q_len]; // As q.
 
         s.acts.reset(n, n_embd);
         kernels.norm_quantize(pool, x, Some((&layer.attn_norm, rms_eps)), &mut s.acts);
@@ -252,7 +253,8 @@ impl Forward {
         let HyperParams { n_embd, n_ff, rms_eps, architecture, .. } = *model.hparams();
         let activation: Activation = architecture.activation();
         let (kernels, pool, s) = (self.kernels, &self.pool, &mut self.state);
-        let (x, gate, up) = (&mut s.x[..n * n_embd], &mut s.gate[..n * n_ff], &mut s.up[..n * n_ff]);
+        let x = &mut s.x[..n * n_embd];
+        let (gate, up) = s.block[..2 * n * n_ff].split_at_mut(n * n_ff); // (n, n_ff) both
 
         s.acts.reset(n, n_embd);
         kernels.norm_quantize(pool, x, Some((&layer.ffn_norm, rms_eps)), &mut s.acts);
@@ -320,12 +322,7 @@ impl RunState {
         let group = hparams.n_heads / hparams.n_kv_heads;
         Self {
             x: vec![0.0; rows * hparams.n_embd],
-            q: vec![0.0; rows * hparams.q_width()],
-            k: vec![0.0; rows * hparams.kv_width()],
-            v: vec![0.0; rows * hparams.kv_width()],
-            attn: vec![0.0; rows * hparams.q_width()],
-            gate: vec![0.0; rows * hparams.n_ff],
-            up: vec![0.0; rows * hparams.n_ff],
+            block: vec![0.0; rows * 2 * hparams.n_ff.max(hparams.q_width() + hparams.kv_width())],
             acts: QuantizedRows::new(rows, widest),
             last: vec![0.0; n_logits * hparams.n_embd],
             normed: vec![0.0; n_logits * hparams.n_embd],

@@ -23,6 +23,12 @@ pub enum Speculation {
 /// Guesses checked in one step, those of all sequences together.
 pub(crate) const GUESSES_MAX: usize = 7;
 
+/// Rows in a step that only generates, guesses among them, for up to `max_batch` sequences. Beside many sequences there
+/// are fewer guesses: the more rows, the more a further one costs, and each takes the memory of its logits.
+pub(crate) fn decode_rows_max(max_batch: usize) -> usize {
+    max_batch.max(1 + GUESSES_MAX)
+}
+
 /// The shortest repetition that is trusted to go on.
 const MATCH_MIN: usize = 2;
 /// Longer repetitions are not told apart.
@@ -163,7 +169,7 @@ struct Measured {
 impl StepCosts {
     /// For up to `max_batch` sequences.
     pub(crate) fn new(max_batch: usize) -> Self {
-        Self { by_rows: vec![None; max_batch + GUESSES_MAX + 1], n_steps: 0 }
+        Self { by_rows: vec![None; decode_rows_max(max_batch) + 1], n_steps: 0 }
     }
 
     fn n_rows_max(&self) -> usize {

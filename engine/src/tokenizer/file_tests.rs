@@ -99,5 +99,5 @@ fn a_vocabulary_of_the_real_size_is_small() {
     let tokenizer = Tokenizer::from_gguf(&file_of(128_256, "bitnet-b1.58", |_| {})).unwrap();
     assert_eq!(tokenizer.n_vocab(), 128_256);
     let n_bytes = tokenizer.vocabulary.memory_bytes();
-    assert!(n_bytes < 10 << 20, "{n_bytes} bytes");
+    assert!(n_bytes < 7 << 20, "{n_bytes} bytes");
 }

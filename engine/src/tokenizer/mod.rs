@@ -118,7 +118,7 @@ pub enum TokenizerError {
         /// Its length.
         len: usize,
     },
-    /// More than 32-bit indexes can number.
+    /// More than two million tokens, or merges than 32-bit indexes can number.
     #[error("the vocabulary is too large")]
     TooLarge,
     /// The caller should have refused it.

@@ -1,6 +1,6 @@
 //! Tokens and merges in a compact form: flat arrays and two open-addressing tables of indexes.
 //!
-//! The 128,256 tokens and 280,147 merges of Llama 3 take 8 MB. The tables are keyed by a secret that differs from
+//! The 128,256 tokens and 280,147 merges of Llama 3 take 7 MB. The tables are keyed by a secret that differs from
 //! run to run, so that a file cannot be made to collide; what they answer does not depend on it.
 
 use std::hash::BuildHasher;
@@ -49,11 +49,30 @@ impl TokenKind {
 }
 
 /// One merge; its index is its rank, and the lowest rank goes first.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Merge {
     pub(super) left: u32,
     pub(super) right: u32,
     pub(super) result: u32,
+}
+
+/// The same in fewer bytes: left, right and result in [`TOKEN_BITS`] each, from the highest bit.
+#[derive(Clone, Copy)]
+struct PackedMerge(u64);
+
+/// Of a token number.
+const TOKEN_BITS: u32 = 21;
+
+impl PackedMerge {
+    fn pack(Merge { left, right, result }: Merge) -> Self {
+        Self((u64::from(left) << TOKEN_BITS | u64::from(right)) << TOKEN_BITS | u64::from(result))
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "the mask leaves 21 bits")]
+    fn unpack(self) -> Merge {
+        let token = |n_behind: u32| (self.0 >> (n_behind * TOKEN_BITS)) as u32 & ((1 << TOKEN_BITS) - 1);
+        Merge { left: token(2), right: token(1), result: token(0) }
+    }
 }
 
 /// Tokens, merges and where to find them.
@@ -61,7 +80,7 @@ pub(super) struct Vocabulary {
     bytes: Vec<u8>,            // Of all tokens, one after the other.
     starts: Vec<u32>,          // (n_vocab + 1), into `bytes`.
     kinds: Vec<TokenKind>,     // (n_vocab)
-    merges: Vec<Merge>,        // By rank.
+    merges: Vec<PackedMerge>,  // By rank.
     tokens_by_bytes: Vec<u32>, // Open addressing: id + 1, 0 is free. Length is a power of two.
     merges_by_pair: Vec<u32>,  // Open addressing: rank + 1, 0 is free. Length is a power of two.
     byte_tokens: [u32; 256],   // `NO_TOKEN` where there is none.
@@ -152,7 +171,7 @@ impl Vocabulary {
     }
 
     pub(super) fn merge(&self, rank: u32) -> Merge {
-        self.merges[rank as usize]
+        self.merges[rank as usize].unpack()
     }
 
     /// Bytes on the heap.
@@ -160,7 +179,7 @@ impl Vocabulary {
     pub(super) fn memory_bytes(&self) -> usize {
         let indexes =
             self.starts.capacity() + self.tokens_by_bytes.capacity() + self.merges_by_pair.capacity();
-        let merges = self.merges.capacity() * size_of::<Merge>();
+        let merges = self.merges.capacity() * size_of::<PackedMerge>();
         self.bytes.capacity() + self.kinds.capacity() + merges + indexes * size_of::<u32>()
     }
 
@@ -206,7 +225,7 @@ impl Vocabulary {
             let left = self.token_of(&pair[..left_len]).ok_or_else(bad)?;
             let right = self.token_of(&pair[left_len..]).ok_or_else(bad)?;
             let result = self.token_of(&pair).ok_or_else(bad)?;
-            self.merges.push(Merge { left, right, result });
+            self.merges.push(PackedMerge::pack(Merge { left, right, result }));
         }
         self.merges.shrink_to_fit();
         if self.merges.is_empty() {
@@ -214,7 +233,7 @@ impl Vocabulary {
         }
         self.merges_by_pair = vec![0; table_len(self.merges.len())?];
         for (rank, idx) in (1..).zip(0..self.merges.len()) {
-            let Merge { left, right, .. } = self.merges[idx];
+            let Merge { left, right, .. } = self.merges[idx].unpack();
             let slot = self.pair_slot(left, right);
             // A repeated merge keeps its best rank.
             if self.merges_by_pair[slot] == 0 {
@@ -244,7 +263,7 @@ impl Vocabulary {
         let product = u128::from(key ^ self.pair_secret.0) * u128::from(self.pair_secret.1);
         let mut slot = low_bits(product ^ product >> 64) & mask;
         while let Some(rank) = self.merges_by_pair[slot].checked_sub(1) {
-            let merge = self.merges[rank as usize];
+            let merge = self.merge(rank);
             if (merge.left, merge.right) == (left, right) {
                 break;
             }
@@ -277,7 +296,7 @@ fn pack_tokens<'a>(
         }
         starts.push(u32::try_from(bytes.len()).map_err(|_| TokenizerError::TooLarge)?);
     }
-    if starts.len() > NO_TOKEN as usize {
+    if starts.len() > 1 << TOKEN_BITS {
         return Err(TokenizerError::TooLarge);
     }
     bytes.shrink_to_fit();
@@ -291,9 +310,9 @@ fn byte_from_name(text: &str) -> Option<u8> {
     (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok()).flatten()
 }
 
-/// Length of an open-addressing table that is at most half full.
+/// Length of an open-addressing table that is at most two thirds full.
 fn table_len(n_entries: usize) -> Result<usize, TokenizerError> {
-    let len = n_entries.max(1).checked_mul(2).and_then(usize::checked_next_power_of_two);
+    let len = (n_entries / 2).checked_add(n_entries + 1).and_then(usize::checked_next_power_of_two);
     len.filter(|len| *len <= 1 << 31).ok_or(TokenizerError::TooLarge)
 }
 

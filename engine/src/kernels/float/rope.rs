@@ -1,6 +1,7 @@
 //! Rotary position embedding.
 //!
-//! Angles and their sines are computed once, in f64 with `libm`, so that they are the same on every machine.
+//! Angles and their sines are computed once, in f64 with `libm`, so that they are the same on every machine; for each
+//! position when it first comes up, so that a long context window costs time and memory only where it is used.
 #![expect(clippy::cast_precision_loss, reason = "positions and dimensions are far below 2^53")]
 #![expect(clippy::cast_possible_truncation, reason = "f64 sines are rounded to f32 on purpose")]
 
@@ -17,12 +18,13 @@ pub enum RopeStyle {
     Norm,
 }
 
-/// Cosines and sines of every position of the context window.
+/// Cosines and sines of the positions of the context window that came up so far.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    cos: Vec<f32>, // (n_ctx, n_rot / 2)
-    sin: Vec<f32>, // (n_ctx, n_rot / 2)
-    n_half: usize,
+    cos: Vec<f32>,         // (n_ready, n_rot / 2), with room for (n_ctx, n_rot / 2)
+    sin: Vec<f32>,         // As cos.
+    frequencies: Vec<f64>, // (n_rot / 2)
+    n_ctx: usize,
 }
 
 impl RopeTable {
@@ -43,28 +45,43 @@ impl RopeTable {
                 frequency / freq_factors.map_or(1.0, |factors| f64::from(factors[i]))
             })
             .collect();
-        let mut table =
-            Self { cos: Vec::with_capacity(n_ctx * n_half), sin: Vec::with_capacity(n_ctx * n_half), n_half };
-        for position in 0..n_ctx {
-            for frequency in &frequencies {
+        let room = || Vec::with_capacity(n_ctx * n_half);
+        Self { cos: room(), sin: room(), frequencies, n_ctx }
+    }
+
+    /// Makes the table reach up to `position`; nothing is allocated.
+    ///
+    /// # Panics
+    /// If it is outside the context window.
+    pub fn reach(&mut self, position: usize) {
+        assert!(position < self.n_ctx, "position {position} of {}", self.n_ctx);
+        for position in self.n_ready()..=position {
+            for frequency in &self.frequencies {
                 let (sin, cos) = libm::sincos(position as f64 * frequency);
-                table.cos.push(cos as f32);
-                table.sin.push(sin as f32);
+                self.cos.push(cos as f32);
+                self.sin.push(sin as f32);
             }
         }
-        table
     }
 
     /// How many elements of a head are rotated.
     #[must_use]
     pub fn n_rot(&self) -> usize {
-        self.n_half * 2
+        self.n_half() * 2
     }
 
-    /// How many positions there are.
+    /// How many positions there can be.
     #[must_use]
     pub fn n_ctx(&self) -> usize {
-        self.cos.len() / self.n_half
+        self.n_ctx
+    }
+
+    fn n_half(&self) -> usize {
+        self.frequencies.len()
+    }
+
+    fn n_ready(&self) -> usize {
+        self.cos.len() / self.n_half()
     }
 }
 
@@ -74,7 +91,7 @@ impl KernelSet {
     ///
     /// # Panics
     /// If `x` is not `positions.len()` rows of `heads` equal heads of at least `n_rot` elements, or a position
-    /// is outside the table.
+    /// was not reached.
     #[expect(clippy::too_many_arguments, reason = "the operands of one operation")]
     pub fn rope_rows(
         self,
@@ -96,7 +113,7 @@ impl KernelSet {
         );
         let row_len = x.len() / n_rows;
         let head_dim = row_len / heads;
-        let n_half = table.n_half;
+        let n_half = table.n_half();
         assert!(
             head_dim >= table.n_rot(),
             "a head of {head_dim} has no {} elements to rotate",

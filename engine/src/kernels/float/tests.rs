@@ -109,8 +109,10 @@ proptest! {
     ) {
         let (n_rot, head_dim) = (2 * n_half, 2 * n_half + extra);
         let factors: Vec<f32> = noise(seed, n_half).iter().map(|f| f.abs() + 0.5).collect();
-        let table = RopeTable::new(64, n_rot, 10000.0, (seed % 2 == 0).then_some(&factors));
+        let mut table = RopeTable::new(64, n_rot, 10000.0, (seed % 2 == 0).then_some(&factors));
         prop_assert_eq!((table.n_ctx(), table.n_rot()), (64, n_rot));
+        // In two steps, and nothing for what is there.
+        [5, 63, 7].into_iter().for_each(|position| table.reach(position));
         let positions: Vec<u32> = (0..u32::try_from(n).unwrap()).map(|i| (i * 7 + 3) % 64).collect();
         let x = noise(seed ^ 1, n * heads * head_dim);
         let mut expected = x.clone();
