@@ -166,7 +166,7 @@ pub struct EngineConfig {
     pub max_batch: u32,
     /// Prompt tokens in one step.
     pub prefill_chunk: u32,
-    /// Type of the KV cache: `f16`.
+    /// Type of the KV cache: `f16`, `q8_0`.
     pub kv_type: String,
     /// Instruction set: `auto`, `scalar`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon`, `neon-dotprod`.
     pub isa: String,

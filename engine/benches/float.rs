@@ -10,7 +10,7 @@ use bitnetd_engine::dense::{DenseFormat, DenseMatrix};
 use bitnetd_engine::head::{FastHead, Wanted};
 use bitnetd_engine::kernels::KernelSet;
 use bitnetd_engine::kernels::float::{
-    AttentionRow, AttentionScratch, AttentionShape, KV_PAGE_TOKENS, KvLayer,
+    AttentionRow, AttentionScratch, AttentionShape, F16Layer, KV_BLOCK_LEN, KV_PAGE_TOKENS, KvLayer, Q8Layer,
 };
 use bitnetd_engine::kernels::head::FastHeadScratch;
 use bitnetd_engine::kernels::probe::read_bandwidth;
@@ -119,7 +119,15 @@ fn attention(pool: &ThreadPool) {
         .into_iter()
         .map(|b| f16::from_f32((f32::from(b) - 127.5) / 73.0))
         .collect();
-    let kv = KvLayer { keys: &slab, values: &slab };
+    let f16 = KvLayer::F16(F16Layer { keys: &slab, values: &slab });
+    let codes: Vec<i8> = noise_bytes(slab.len()).into_iter().map(u8::cast_signed).collect();
+    let scales = vec![f16::from_f32(0.01); slab.len() / KV_BLOCK_LEN];
+    let q8 = KvLayer::Q8_0(Q8Layer {
+        key_codes: &codes,
+        key_scales: &scales,
+        value_codes: &codes,
+        value_scales: &scales,
+    });
     let pages: Vec<u32> = (0..).take(n_ctx / KV_PAGE_TOKENS).collect();
     let mut scratch = AttentionScratch::new(pool.n_threads(), 4, n_ctx);
     let row_len = shape.n_heads * shape.head_dim;
@@ -131,13 +139,15 @@ fn attention(pool: &ThreadPool) {
         let q: Vec<f32> =
             noise_bytes(n * row_len).into_iter().map(|b| (f32::from(b) - 127.5) / 73.0).collect();
         let mut out = vec![0.0; n * row_len];
-        let seconds = median(9, || kernels.attention(pool, shape, &q, kv, &rows, &mut scratch, &mut out));
         let n_positions: usize = rows.iter().map(|row| row.n_visible).sum();
         let products = 2 * n_positions * row_len;
-        println!(
-            "  attention, {name}: {:.1} us, {:.1} G products/s",
-            seconds * 1e6,
-            products as f64 / seconds / 1e9
-        );
+        for (kv_name, kv) in [("f16", f16), ("q8_0", q8)] {
+            let seconds = median(9, || kernels.attention(pool, shape, &q, kv, &rows, &mut scratch, &mut out));
+            println!(
+                "  attention, {name}, {kv_name}: {:.1} us, {:.1} G products/s",
+                seconds * 1e6,
+                products as f64 / seconds / 1e9
+            );
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::fast_image::FastImage;
 use crate::forward::{Forward, ForwardLimits, PassCost, Row};
 use crate::kernels::KernelSet;
-use crate::kv::{KvCache, KvShape, PagePool, pages_for};
+use crate::kv::{KvCache, KvShape, KvType, PagePool, pages_for};
 use crate::model::Model;
 use crate::pool::{PoolError, PoolOptions, ThreadPool, Wait};
 use crate::sampler::{SamplerScratch, SamplingError};
@@ -44,6 +44,8 @@ pub struct EngineOptions {
     pub max_batch: usize,
     /// Prompt tokens in one step, at most.
     pub prefill_chunk: usize,
+    /// What keys and values are stored as.
+    pub kv_type: KvType,
     /// Guess tokens from the text so far where it pays. Changes no answer.
     pub speculation: Speculation,
 }
@@ -178,6 +180,7 @@ impl Engine {
         let n_vocab = hparams.n_vocab;
         let n_pages = options.max_batch * pages_for(n_ctx);
         let kv = KvCache::new(KvShape {
+            kv_type: options.kv_type,
             n_layers: hparams.n_layers,
             n_kv_heads: hparams.n_kv_heads,
             head_dim: hparams.head_dim,

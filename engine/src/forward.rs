@@ -235,7 +235,7 @@ impl Forward {
         kernels.rope_rows(pool, k, n_kv_heads, &self.rope, &s.positions, style);
         let each_kv = k.chunks_exact(hparams.kv_width()).zip(v.chunks_exact(hparams.kv_width()));
         for (row, (key, value)) in rows.iter().zip(each_kv) {
-            kv.store(index, row.pages, row.position as usize, key, value);
+            kv.store(kernels, index, (row.pages, row.position as usize), [key, value]);
         }
         let shape = AttentionShape { n_heads, n_kv_heads, head_dim };
         kernels.attention(pool, shape, q, kv.layer(index), visible, &mut s.scratch, attn);

@@ -19,7 +19,25 @@ const PATIENT: &str = "[split]\nworkers = 2\nthreads = 1\n[restart]\nmax = 1000\
 fn killed_workers_are_not_seen_by_any_client() {
     let folder = Folder::new();
     folder.write("patient.toml", PATIENT);
+    no_client_sees_deaths(&Daemon::start(&folder, "-c patient.toml"), 10);
+}
+
+#[test]
+fn nor_where_keys_and_values_have_eight_bits() {
+    let folder = Folder::new();
+    folder.write("patient.toml", PATIENT);
     let daemon = Daemon::start(&folder, "-c patient.toml");
+    let f16_bytes = daemon.status().unwrap().model.unwrap().kv_bytes;
+    drop(daemon);
+    folder.write("patient.toml", format!("{PATIENT}[engine]\nkv_type = \"q8_0\"\n"));
+    let daemon = Daemon::start(&folder, "-c patient.toml");
+    let q8_bytes = daemon.status().unwrap().model.unwrap().kv_bytes;
+    assert_eq!(q8_bytes * 64, f16_bytes * 34, "34 bytes for 32 numbers, not 64");
+    no_client_sees_deaths(&daemon, 4);
+}
+
+/// Kills workers until so many jobs have moved in the middle of their answers.
+fn no_client_sees_deaths(daemon: &Daemon, n_failovers: u64) {
     let request = |number: usize| random_request(PROMPTS[number], number as u64, 120);
     let calm: Vec<String> =
         (0..8).map(|number| generate(&mut daemon.connect().unwrap(), &request(number)).unwrap()).collect();
@@ -28,7 +46,7 @@ fn killed_workers_are_not_seen_by_any_client() {
     let n_answers: usize = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..8)
             .map(|number| {
-                let (daemon, calm, is_enough) = (&daemon, &calm, &is_enough);
+                let (calm, is_enough) = (&calm, &is_enough);
                 scope.spawn(move || {
                     let mut n_answers = 0;
                     while !is_enough.load(Ordering::Relaxed) {
@@ -42,11 +60,12 @@ fn killed_workers_are_not_seen_by_any_client() {
             .collect();
         // Kill whoever has jobs, until jobs have moved in the middle several times.
         let outcome = std::panic::catch_unwind(|| {
-            wait_for("ten jobs have moved", || {
+            wait_for("enough jobs have moved", || {
                 let report = daemon.status()?;
                 let busy = report.slots.iter().find(|slot| slot.state == "ready" && slot.jobs > 0)?;
                 send(busy.pid?, Signal::SIGKILL);
-                (report.totals.failovers >= 10 && report.totals.restarts >= 5).then_some(())
+                (report.totals.failovers >= n_failovers && report.totals.restarts >= n_failovers / 2)
+                    .then_some(())
             });
         });
         is_enough.store(true, Ordering::Relaxed);

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use bitnetd_engine::kv::{KvShape, pages_for};
+use bitnetd_engine::kv::{KvShape, KvType, pages_for};
 use bitnetd_engine::model::HyperParams;
 use bitnetd_proto::worker_link::WorkerSetup;
 
@@ -34,6 +34,8 @@ pub(crate) struct DoesNotFit {
     memory_bytes: u64,
     /// The longest window that would fit, in steps of 256.
     fitting_ctx: Option<usize>,
+    /// Whether it would fit with eight bits for keys and values.
+    fits_as_q8_0: bool,
 }
 
 impl DoesNotFit {
@@ -41,9 +43,12 @@ impl DoesNotFit {
     pub(crate) fn hint(&self) -> String {
         let others = "`engine.max_batch` or the number of workers";
         let known_better = "`engine.memory_mib` says how much may be taken if this is not what there is";
+        let q8_0 = if self.fits_as_q8_0 { ", or set `engine.kv_type` to \"q8_0\"" } else { "" };
         match self.fitting_ctx {
-            Some(ctx) => format!("set `engine.ctx` to {ctx} or less, or lower {others}; {known_better}"),
-            None => format!("lower {others}, or take a smaller model; {known_better}"),
+            Some(ctx) => {
+                format!("set `engine.ctx` to {ctx} or less, or lower {others}{q8_0}; {known_better}")
+            }
+            None => format!("lower {others}{q8_0}, or take a smaller model; {known_better}"),
         }
     }
 }
@@ -53,6 +58,7 @@ impl DoesNotFit {
 struct Need<'a> {
     hparams: &'a HyperParams,
     setup: &'a WorkerSetup,
+    kv_type: KvType,
     weights: Weights,
 }
 
@@ -70,20 +76,20 @@ pub(crate) struct Weights {
 /// What the model and all workers take with a window of `n_ctx` tokens.
 pub(crate) fn needed_bytes(
     hparams: &HyperParams,
-    setup: &WorkerSetup,
+    (setup, kv_type): (&WorkerSetup, KvType),
     weights: Weights,
     n_ctx: usize,
 ) -> u64 {
-    Need { hparams, setup, weights }.needed_bytes(n_ctx)
+    Need { hparams, setup, kv_type, weights }.needed_bytes(n_ctx)
 }
 
 /// The context window in tokens to run with.
 pub(crate) fn context(
     hparams: &HyperParams,
-    setup: &WorkerSetup,
+    (setup, kv_type): (&WorkerSetup, KvType),
     weights: Weights,
 ) -> Result<usize, DoesNotFit> {
-    let need = Need { hparams, setup, weights };
+    let need = Need { hparams, setup, kv_type, weights };
     let asked = usize::try_from(setup.ctx).ok().filter(|ctx| *ctx > 0);
     let mut n_ctx = asked.unwrap_or(hparams.n_ctx);
     while asked.is_none() && n_ctx / 2 >= CTX_MIN && !need.fits(n_ctx) {
@@ -101,7 +107,7 @@ impl Need<'_> {
     fn kv_bytes(&self, n_ctx: usize) -> u64 {
         let HyperParams { n_layers, n_kv_heads, head_dim, .. } = *self.hparams;
         let n_pages = self.setup.max_batch as usize * pages_for(n_ctx);
-        let shape = KvShape { n_layers, n_kv_heads, head_dim, n_pages };
+        let shape = KvShape { kv_type: self.kv_type, n_layers, n_kv_heads, head_dim, n_pages };
         shape.bytes().saturating_mul(self.n_workers())
     }
 
@@ -137,6 +143,7 @@ impl Need<'_> {
             needed_bytes: self.needed_bytes(n_ctx),
             memory_bytes: self.setup.memory_bytes,
             fitting_ctx: steps.into_iter().find(|ctx| *ctx < n_ctx && self.fits(*ctx)),
+            fits_as_q8_0: Need { kv_type: KvType::Q8_0, ..*self }.fits(n_ctx),
         }
     }
 }
@@ -233,8 +240,8 @@ mod tests {
     #[test]
     fn what_was_asked_for_fits_or_is_refused_in_numbers() {
         let hparams = hparams();
-        assert_eq!(context(&hparams, &setup(1, 8, 4096, 4 << 30), MODEL), Ok(4096));
-        let refusal = context(&hparams, &setup(3, 8, 4096, 6 << 30), MODEL).unwrap_err();
+        assert_eq!(context(&hparams, (&setup(1, 8, 4096, 4 << 30), KvType::F16), MODEL), Ok(4096));
+        let refusal = context(&hparams, (&setup(3, 8, 4096, 6 << 30), KvType::F16), MODEL).unwrap_err();
         assert_eq!(
             refusal.to_string(),
             "3 workers of 8 sequences with 4096 tokens need 7.0 GiB for keys and values, 108 MiB for buffers and 1.1 GiB \
@@ -242,16 +249,20 @@ mod tests {
         );
         let hint = refusal.hint();
         assert!(hint.starts_with("set `engine.ctx` to 2560 or less"), "{hint}");
+        let with_q8_0 =
+            "or lower `engine.max_batch` or the number of workers, or set `engine.kv_type` to \"q8_0\"; ";
+        assert!(hint.contains(with_q8_0), "{hint}");
         // And the hint holds.
-        assert_eq!(context(&hparams, &setup(3, 8, 2560, 6 << 30), MODEL), Ok(2560));
-        assert!(context(&hparams, &setup(3, 8, 2816, 6 << 30), MODEL).is_err());
+        assert_eq!(context(&hparams, (&setup(3, 8, 4096, 6 << 30), KvType::Q8_0), MODEL), Ok(4096));
+        assert_eq!(context(&hparams, (&setup(3, 8, 2560, 6 << 30), KvType::F16), MODEL), Ok(2560));
+        assert!(context(&hparams, (&setup(3, 8, 2816, 6 << 30), KvType::F16), MODEL).is_err());
     }
 
     #[test]
     fn an_image_that_was_asked_for_is_counted() {
         let weights = Weights { image: 600_000_000, ..MODEL };
-        let without = context(&hparams(), &setup(3, 8, 4096, 6 << 30), MODEL).unwrap_err();
-        let refusal = context(&hparams(), &setup(3, 8, 4096, 6 << 30), weights).unwrap_err();
+        let without = context(&hparams(), (&setup(3, 8, 4096, 6 << 30), KvType::F16), MODEL).unwrap_err();
+        let refusal = context(&hparams(), (&setup(3, 8, 4096, 6 << 30), KvType::F16), weights).unwrap_err();
         assert_eq!(refusal.needed_bytes, without.needed_bytes + 600_000_000);
         let text = refusal.to_string();
         let end = "108 MiB for buffers, 1.1 GiB for the model and 572 MiB for its fast image, 8.8 GiB in all; there are 6.0 GiB";
@@ -261,8 +272,8 @@ mod tests {
     #[test]
     fn each_copy_for_a_node_is_counted() {
         let weights = Weights { image: 600_000_000, n_copies: 3, ..MODEL };
-        let without = context(&hparams(), &setup(3, 8, 4096, 6 << 30), MODEL).unwrap_err();
-        let refusal = context(&hparams(), &setup(3, 8, 4096, 6 << 30), weights).unwrap_err();
+        let without = context(&hparams(), (&setup(3, 8, 4096, 6 << 30), KvType::F16), MODEL).unwrap_err();
+        let refusal = context(&hparams(), (&setup(3, 8, 4096, 6 << 30), KvType::F16), weights).unwrap_err();
         assert_eq!(refusal.needed_bytes, without.needed_bytes + 2 * MODEL.file + 3 * 600_000_000);
         let text = refusal.to_string();
         let part = "3.3 GiB for 3 copies of the model and 1.7 GiB for their fast images, ";
@@ -270,28 +281,42 @@ mod tests {
     }
 
     #[test]
+    fn eight_bits_for_keys_and_values_leave_room_for_more() {
+        let hparams = hparams();
+        let q8 = |ctx, memory| context(&hparams, (&setup(3, 8, ctx, memory), KvType::Q8_0), MODEL);
+        assert_eq!(q8(4096, 6 << 30), Ok(4096), "3.7 GiB instead of 7.0");
+        let refusal = q8(4096, 4 << 30).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "3 workers of 8 sequences with 4096 tokens need 3.7 GiB for keys and values, 108 MiB for buffers and 1.1 GiB \
+             for the model, 4.9 GiB in all; there are 4.0 GiB"
+        );
+        assert!(!refusal.hint().contains("kv_type"), "{}", refusal.hint());
+    }
+
+    #[test]
     fn exactly_enough_is_enough() {
         let hparams = hparams();
-        let needed = context(&hparams, &setup(2, 4, 1024, 1), MODEL).unwrap_err().needed_bytes;
-        assert_eq!(context(&hparams, &setup(2, 4, 1024, needed), MODEL), Ok(1024));
-        assert!(context(&hparams, &setup(2, 4, 1024, needed - 1), MODEL).is_err());
+        let needed = context(&hparams, (&setup(2, 4, 1024, 1), KvType::F16), MODEL).unwrap_err().needed_bytes;
+        assert_eq!(context(&hparams, (&setup(2, 4, 1024, needed), KvType::F16), MODEL), Ok(1024));
+        assert!(context(&hparams, (&setup(2, 4, 1024, needed - 1), KvType::F16), MODEL).is_err());
     }
 
     #[test]
     fn a_window_that_nobody_asked_for_is_halved_until_it_fits() {
         let hparams = hparams();
-        assert_eq!(context(&hparams, &setup(3, 8, 0, 9 << 30), MODEL), Ok(4096));
-        assert_eq!(context(&hparams, &setup(3, 8, 0, 6 << 30), MODEL), Ok(2048));
-        assert_eq!(context(&hparams, &setup(3, 8, 0, 5 << 29), MODEL), Ok(512));
-        let refusal = context(&hparams, &setup(3, 8, 0, 1 << 30), MODEL).unwrap_err();
+        assert_eq!(context(&hparams, (&setup(3, 8, 0, 9 << 30), KvType::F16), MODEL), Ok(4096));
+        assert_eq!(context(&hparams, (&setup(3, 8, 0, 6 << 30), KvType::F16), MODEL), Ok(2048));
+        assert_eq!(context(&hparams, (&setup(3, 8, 0, 5 << 29), KvType::F16), MODEL), Ok(512));
+        let refusal = context(&hparams, (&setup(3, 8, 0, 1 << 30), KvType::F16), MODEL).unwrap_err();
         assert!(refusal.hint().starts_with("lower `engine.max_batch`"), "{}", refusal.hint());
     }
 
     #[test]
     fn where_nothing_is_known_nothing_is_refused() {
-        assert_eq!(context(&hparams(), &setup(99, 256, 0, 0), MODEL), Ok(4096));
+        assert_eq!(context(&hparams(), (&setup(99, 256, 0, 0), KvType::F16), MODEL), Ok(4096));
         assert_eq!(
-            context(&hparams(), &setup(1, 8, 9000, 0), MODEL),
+            context(&hparams(), (&setup(1, 8, 9000, 0), KvType::F16), MODEL),
             Ok(9000),
             "too long for the model: said later"
         );

@@ -49,11 +49,7 @@ pub(crate) fn lock_engine(engine: &Engine, image_bytes: u64) -> Result<(), Canno
         // What the kernel would say now or when the image comes. A worker has no right to go beyond.
         Err(io::ErrorKind::OutOfMemory.into())
     } else {
-        engine
-            .kv()
-            .slabs()
-            .try_for_each(|slab| lock(slab, LockPages::WhenTouched))
-            .and_then(|()| lock(model, LockPages::Now))
+        engine.kv().lock(LockPages::WhenTouched).and_then(|()| lock(model, LockPages::Now))
     };
     locked.map_err(|source| CannotLock {
         model_bytes,

@@ -11,6 +11,7 @@ use bitnetd_engine::chat::{ChatError, ChatTemplate};
 use bitnetd_engine::fast_image::{FastImageBuilder, FastParts};
 use bitnetd_engine::gguf::{Gguf, GgufError};
 use bitnetd_engine::kernels::{Isa, KernelSet};
+use bitnetd_engine::kv::KvType;
 use bitnetd_engine::mapping::{Mapping, MappingError};
 use bitnetd_engine::model::{Model, ModelError};
 use bitnetd_engine::pool::Wait;
@@ -149,7 +150,7 @@ pub(crate) fn start(
     require("model.head", &setup.head, &["auto", "file", "fast"])?;
     require("engine.speculation", &setup.speculation, &["auto", "off"])?;
     let huge_pages = choose_huge_pages(&setup.huge_pages)?;
-    require("engine.kv_type", &setup.kv_type, &["f16"])?;
+    let kv_type = choose_kv_type(&setup.kv_type)?;
     let mapping = map_model(setup, image, copy)?;
     let image_bytes = mapping.len() as u64;
     let gguf = Gguf::parse(Arc::new(mapping)).map_err(|source| StartError::Gguf { name: name(), source })?;
@@ -160,14 +161,14 @@ pub(crate) fn start(
     // An image that nobody asked for is made only if there is room left.
     let image = if setup.head == "fast" { wanted.1 } else { 0 };
     let weights = Weights { file: image_bytes, image, n_copies: setup.n_copies.max(1) };
-    let n_ctx = budget::context(model.hparams(), setup, weights).map_err(StartError::Memory)?;
+    let n_ctx = budget::context(model.hparams(), (setup, kv_type), weights).map_err(StartError::Memory)?;
     if setup.ctx == 0 && n_ctx < model.hparams().n_ctx {
         let asked = model.hparams().n_ctx;
         tracing::warn!("the model's context window of {asked} tokens does not fit in memory: {n_ctx} it is");
     }
     let cpus: Vec<_> = setup.cpus.iter().copied().map(Some).collect();
     let wanted = if setup.head == "auto" {
-        let taken = budget::needed_bytes(model.hparams(), setup, weights, n_ctx);
+        let taken = budget::needed_bytes(model.hparams(), (setup, kv_type), weights, n_ctx);
         if_there_is_room(wanted, setup, taken)
     } else {
         wanted
@@ -180,6 +181,7 @@ pub(crate) fn start(
         n_ctx: Some(n_ctx),
         max_batch: setup.max_batch as usize,
         prefill_chunk: setup.prefill_chunk as usize,
+        kv_type,
         speculation: if setup.speculation == "off" { Speculation::Off } else { Speculation::Auto },
     };
     let engine = Engine::new(Arc::new(model), options).map_err(StartError::Engine)?;
@@ -295,6 +297,14 @@ fn choose_kernels(isa: &str) -> Result<KernelSet, StartError> {
         expected: format!("auto, {}", Isa::ALL.map(Isa::name).join(", ")),
     })?;
     KernelSet::for_isa(isa).ok_or(StartError::IsaNotPresent(isa))
+}
+
+fn choose_kv_type(kv_type: &str) -> Result<KvType, StartError> {
+    kv_type.parse().map_err(|_| StartError::Setting {
+        key: "engine.kv_type",
+        found: kv_type.into(),
+        expected: KvType::ALL.map(KvType::name).join(" or "),
+    })
 }
 
 fn choose_wait(wait: &str) -> Result<Wait, StartError> {

@@ -1,4 +1,4 @@
-//! The KV cache: keys and values of every layer as f16, in pages that sequences own.
+//! The KV cache: keys and values of every layer, as f16 or as signed bytes with scales, in pages that sequences own.
 //!
 //! The whole cache is reserved once, so that its size is known at start; the kernel backs a page of memory only
 //! when it is first written. A sequence takes all the pages it can ever need when it is admitted and gives
@@ -8,14 +8,68 @@ mod pages; // Who owns which page, and which ones hold prompts that may come aga
 
 pub use pages::PagePool;
 
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
-use crate::kernels::float::{KV_PAGE_TOKENS, KvLayer};
+use crate::kernels::KernelSet;
+use crate::kernels::float::{F16Layer, KV_BLOCK_LEN, KV_PAGE_TOKENS, KvLayer, Q8Layer};
+use crate::mapping::{LockPages, lock};
+
+/// What keys and values are stored as. It is part of what an answer depends on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvType {
+    /// IEEE binary16.
+    #[default]
+    F16,
+    /// Signed bytes, with an f16 scale for each 32: 53 % of the memory where heads are whole blocks.
+    Q8_0,
+}
+
+impl KvType {
+    /// Every type.
+    pub const ALL: [KvType; 2] = [Self::F16, Self::Q8_0];
+
+    /// The name in configurations, as llama.cpp has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+}
+
+impl fmt::Display for KvType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The name is none of [`KvType::ALL`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown type of the KV cache `{0}`")]
+pub struct UnknownKvType(String);
+
+impl FromStr for KvType {
+    type Err = UnknownKvType;
+
+    fn from_str(name: &str) -> Result<Self, UnknownKvType> {
+        Self::ALL
+            .into_iter()
+            .find(|kv_type| kv_type.name() == name)
+            .ok_or_else(|| UnknownKvType(name.to_owned()))
+    }
+}
 
 /// Shape of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {
+    /// What an element is stored as.
+    pub kv_type: KvType,
     /// Layers.
     pub n_layers: usize,
     /// Key/value heads.
@@ -27,15 +81,24 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Elements of the keys (or of the values) of one layer.
-    fn layer_len(&self) -> usize {
-        self.n_pages * self.n_kv_heads * KV_PAGE_TOKENS * self.head_dim
+    /// Positions of all heads in one layer.
+    fn n_head_tokens(&self) -> usize {
+        self.n_pages * self.n_kv_heads * KV_PAGE_TOKENS
+    }
+
+    /// Blocks of a head.
+    fn n_blocks(&self) -> usize {
+        self.head_dim.div_ceil(KV_BLOCK_LEN)
     }
 
     /// Size of the cache when every page is in use.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        2 * self.n_layers as u64 * self.layer_len() as u64 * size_of::<f16>() as u64
+        let head_bytes = match self.kv_type {
+            KvType::F16 => self.head_dim * size_of::<f16>(),
+            KvType::Q8_0 => self.head_dim + self.n_blocks() * size_of::<f16>(),
+        };
+        2 * self.n_layers as u64 * self.n_head_tokens() as u64 * head_bytes as u64
     }
 
     /// Tokens that fit.
@@ -55,18 +118,40 @@ pub fn pages_for(n_tokens: usize) -> usize {
 #[derive(Debug)]
 pub struct KvCache {
     shape: KvShape,
-    // Bits of f16. `u16`, because the standard library takes zeroed `u16`s straight from the kernel without
-    // touching them.
-    keys: Vec<Vec<u16>>,   // (n_pages, n_kv_heads, head_dim, KV_PAGE_TOKENS): see `KvLayer`
-    values: Vec<Vec<u16>>, // (n_pages, n_kv_heads, KV_PAGE_TOKENS, head_dim)
+    layers: Vec<Layer>,
+}
+
+/// Of one layer. Halves are kept as their bits: the standard library takes zeroed integers straight from the kernel
+/// without touching them.
+#[derive(Debug)]
+enum Layer {
+    /// As `F16Layer`.
+    F16 { keys: Vec<u16>, values: Vec<u16> },
+    /// As `Q8Layer`.
+    Q8_0 { key_codes: Vec<i8>, key_scales: Vec<u16>, value_codes: Vec<i8>, value_scales: Vec<u16> },
+}
+
+impl Layer {
+    fn new(shape: &KvShape) -> Self {
+        let n_elements = shape.n_head_tokens() * shape.head_dim;
+        let n_scales = shape.n_head_tokens() * shape.n_blocks();
+        match shape.kv_type {
+            KvType::F16 => Self::F16 { keys: vec![0; n_elements], values: vec![0; n_elements] },
+            KvType::Q8_0 => Self::Q8_0 {
+                key_codes: vec![0; n_elements],
+                key_scales: vec![0; n_scales],
+                value_codes: vec![0; n_elements],
+                value_scales: vec![0; n_scales],
+            },
+        }
+    }
 }
 
 impl KvCache {
     /// An empty cache.
     #[must_use]
     pub fn new(shape: KvShape) -> Self {
-        let slabs = || (0..shape.n_layers).map(|_| vec![0_u16; shape.layer_len()]).collect();
-        Self { shape, keys: slabs(), values: slabs() }
+        Self { shape, layers: (0..shape.n_layers).map(|_| Layer::new(&shape)).collect() }
     }
 
     /// Its shape.
@@ -75,38 +160,107 @@ impl KvCache {
         &self.shape
     }
 
-    /// All of its memory, in pieces.
-    pub fn slabs(&self) -> impl Iterator<Item = &[u16]> {
-        self.keys.iter().chain(&self.values).map(Vec::as_slice)
+    /// Keeps it in memory.
+    ///
+    /// # Errors
+    /// Beyond the limit of locked memory, or there is not so much memory.
+    pub fn lock(&self, pages: LockPages) -> io::Result<()> {
+        self.layers.iter().try_for_each(|layer| match layer {
+            Layer::F16 { keys, values } => lock(keys, pages).and_then(|()| lock(values, pages)),
+            Layer::Q8_0 { key_codes, key_scales, value_codes, value_scales } => lock(key_codes, pages)
+                .and_then(|()| lock(key_scales, pages))
+                .and_then(|()| lock(value_codes, pages))
+                .and_then(|()| lock(value_scales, pages)),
+        })
     }
 
     /// One layer, for attention.
     #[must_use]
     pub fn layer(&self, layer: usize) -> KvLayer<'_> {
-        KvLayer { keys: self.keys[layer].reinterpret_cast(), values: self.values[layer].reinterpret_cast() }
+        match &self.layers[layer] {
+            Layer::F16 { keys, values } => {
+                KvLayer::F16(F16Layer { keys: keys.reinterpret_cast(), values: values.reinterpret_cast() })
+            }
+            Layer::Q8_0 { key_codes, key_scales, value_codes, value_scales } => KvLayer::Q8_0(Q8Layer {
+                key_codes,
+                key_scales: key_scales.reinterpret_cast(),
+                value_codes,
+                value_scales: value_scales.reinterpret_cast(),
+            }),
+        }
     }
 
-    /// Writes the key and the value of one token, each (n_kv_heads, head_dim), rounded to f16.
-    pub fn store(&mut self, layer: usize, pages: &[u32], position: usize, key: &[f32], value: &[f32]) {
+    /// Writes the key and the value of one token, each (n_kv_heads, head_dim), rounded to what they are stored as.
+    pub fn store(
+        &mut self,
+        kernels: KernelSet,
+        layer: usize,
+        (pages, position): (&[u32], usize),
+        [key, value]: [&[f32]; 2],
+    ) {
         let KvShape { n_kv_heads, head_dim, .. } = self.shape;
         let (page, token) = (pages[position / KV_PAGE_TOKENS] as usize, position % KV_PAGE_TOKENS);
+        let places = page * n_kv_heads..(page + 1) * n_kv_heads;
+        let heads = places.zip(key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim)));
+        let n_scales = self.shape.n_blocks() * KV_PAGE_TOKENS;
         let head_len = head_dim * KV_PAGE_TOKENS;
-        let heads = page * n_kv_heads * head_len..(page + 1) * n_kv_heads * head_len;
-        let keys: &mut [f16] = self.keys[layer][heads.clone()].reinterpret_cast_mut();
-        for (slab, key) in keys.chunks_exact_mut(head_len).zip(key.chunks_exact(head_dim)) {
-            let mut rounded = [f16::ZERO; 64];
-            for (slab, key) in slab.chunks_mut(64 * KV_PAGE_TOKENS).zip(key.chunks(64)) {
-                let rounded = &mut rounded[..key.len()];
-                rounded.convert_from_f32_slice(key);
-                for (column, x) in slab.as_chunks_mut::<KV_PAGE_TOKENS>().0.iter_mut().zip(rounded) {
-                    column[token] = *x;
+        match &mut self.layers[layer] {
+            Layer::F16 { keys, values } => {
+                for (place, (key, value)) in heads {
+                    store_key_f16(&mut keys[place * head_len..][..head_len], token, key);
+                    let values: &mut [f16] = values[place * head_len..][..head_len].reinterpret_cast_mut();
+                    values[token * head_dim..][..head_dim].convert_from_f32_slice(value);
+                }
+            }
+            Layer::Q8_0 { key_codes, key_scales, value_codes, value_scales } => {
+                for (place, (key, value)) in heads {
+                    let codes = &mut key_codes[place * head_len..][..head_len];
+                    let scales = &mut key_scales[place * n_scales..][..n_scales];
+                    store_key_q8(kernels, (codes, scales), token, key);
+                    let codes = &mut value_codes[place * head_len..][..head_len];
+                    let scales = &mut value_scales[place * n_scales..][..n_scales];
+                    store_value_q8(kernels, (codes, scales), token, value);
                 }
             }
         }
-        let values: &mut [f16] = self.values[layer][heads].reinterpret_cast_mut();
-        for (slab, value) in values.chunks_exact_mut(head_len).zip(value.chunks_exact(head_dim)) {
-            slab[token * head_dim..][..head_dim].convert_from_f32_slice(value);
+    }
+}
+
+/// Into the column of its token in (head_dim, [`KV_PAGE_TOKENS`]).
+fn store_key_f16(keys: &mut [u16], token: usize, key: &[f32]) {
+    let mut rounded = [f16::ZERO; 64];
+    let keys: &mut [f16] = keys.reinterpret_cast_mut();
+    for (keys, key) in keys.chunks_mut(64 * KV_PAGE_TOKENS).zip(key.chunks(64)) {
+        let rounded = &mut rounded[..key.len()];
+        rounded.convert_from_f32_slice(key);
+        for (column, x) in keys.as_chunks_mut::<KV_PAGE_TOKENS>().0.iter_mut().zip(rounded) {
+            column[token] = *x;
         }
+    }
+}
+
+/// The same for codes and (blocks, [`KV_PAGE_TOKENS`]) scales.
+fn store_key_q8(kernels: KernelSet, (codes, scales): (&mut [i8], &mut [u16]), token: usize, key: &[f32]) {
+    let mut rounded = [0; KV_BLOCK_LEN];
+    let blocks =
+        codes.chunks_mut(KV_BLOCK_LEN * KV_PAGE_TOKENS).zip(scales.as_chunks_mut::<KV_PAGE_TOKENS>().0);
+    for ((codes, scales), key) in blocks.zip(key.chunks(KV_BLOCK_LEN)) {
+        scales[token] = kernels.quantize_kv_block(key, &mut rounded).to_bits();
+        for (column, code) in codes.as_chunks_mut::<KV_PAGE_TOKENS>().0.iter_mut().zip(rounded) {
+            column[token] = code;
+        }
+    }
+}
+
+/// Into the row of its token in ([`KV_PAGE_TOKENS`], head_dim) codes and ([`KV_PAGE_TOKENS`], blocks) scales.
+fn store_value_q8(kernels: KernelSet, (codes, scales): (&mut [i8], &mut [u16]), token: usize, value: &[f32]) {
+    let mut rounded = [0; KV_BLOCK_LEN];
+    let n_blocks = value.len().div_ceil(KV_BLOCK_LEN);
+    let codes = codes[token * value.len()..][..value.len()].chunks_mut(KV_BLOCK_LEN);
+    let scales = &mut scales[token * n_blocks..][..n_blocks];
+    for ((codes, scale), value) in codes.zip(scales).zip(value.chunks(KV_BLOCK_LEN)) {
+        *scale = kernels.quantize_kv_block(value, &mut rounded).to_bits();
+        codes.copy_from_slice(&rounded[..codes.len()]);
     }
 }
 
@@ -114,15 +268,22 @@ impl KvCache {
 mod tests {
     use super::*;
 
-    const SHAPE: KvShape = KvShape { n_layers: 2, n_kv_heads: 2, head_dim: 4, n_pages: 3 };
+    const SHAPE: KvShape =
+        KvShape { kv_type: KvType::F16, n_layers: 2, n_kv_heads: 2, head_dim: 4, n_pages: 3 };
+
+    /// A cache with one token, at place 5 of page 0 in layer 1.
+    fn one_token(kv_type: KvType) -> KvCache {
+        let mut cache = KvCache::new(KvShape { kv_type, ..SHAPE });
+        let key: Vec<f32> = (0..8_u8).map(f32::from).collect();
+        let value: Vec<f32> = key.iter().map(|x| x + 100.0).collect();
+        cache.store(KernelSet::detect(), 1, (&[2, 0], KV_PAGE_TOKENS + 5), [&key, &value]);
+        cache
+    }
 
     #[test]
     fn a_token_is_stored_in_its_page_head_by_head() {
-        let mut cache = KvCache::new(SHAPE);
-        let key: Vec<f32> = (0..8_u8).map(f32::from).collect();
-        let value: Vec<f32> = key.iter().map(|x| x + 100.0).collect();
-        cache.store(1, &[2, 0], KV_PAGE_TOKENS + 5, &key, &value);
-        let layer = cache.layer(1);
+        let cache = one_token(KvType::F16);
+        let KvLayer::F16(layer) = cache.layer(1) else { panic!("another type") };
         // Page 0, token 5; head 0 and head 1.
         let keys = |head: usize| {
             let element = |d: usize| layer.keys[(head * 4 + d) * KV_PAGE_TOKENS + 5].to_f32();
@@ -136,14 +297,58 @@ mod tests {
         assert_eq!(keys(1), [4.0, 5.0, 6.0, 7.0]);
         assert_eq!(values(0), [100.0, 101.0, 102.0, 103.0]);
         assert_eq!(values(1), [104.0, 105.0, 106.0, 107.0]);
-        assert!(cache.layer(0).keys.iter().all(|x| x.to_bits() == 0), "the other layer is untouched");
+        let KvLayer::F16(other) = cache.layer(0) else { panic!("another type") };
+        assert!(other.keys.iter().all(|x| x.to_bits() == 0), "the other layer is untouched");
+    }
+
+    #[test]
+    fn as_q8_0_it_is_stored_in_the_same_places() {
+        let cache = one_token(KvType::Q8_0);
+        let KvLayer::Q8_0(layer) = cache.layer(1) else { panic!("another type") };
+        for head in [0, 1] {
+            let key_scale = layer.key_scales[head * KV_PAGE_TOKENS + 5].to_f32();
+            let value_scale = layer.value_scales[head * KV_PAGE_TOKENS + 5].to_f32();
+            for d in 0..4 {
+                let expected = f32::from(u8::try_from(4 * head + d).unwrap());
+                let key = key_scale * f32::from(layer.key_codes[(head * 4 + d) * KV_PAGE_TOKENS + 5]);
+                let value = value_scale * f32::from(layer.value_codes[(head * KV_PAGE_TOKENS + 5) * 4 + d]);
+                assert!((key - expected).abs() < 0.03, "{key} for {expected}");
+                assert!((value - expected - 100.0).abs() < 0.5, "{value} for 100 + {expected}");
+            }
+        }
+        let KvLayer::Q8_0(other) = cache.layer(0) else { panic!("another type") };
+        assert!(other.key_codes.iter().chain(other.value_codes).all(|code| *code == 0));
     }
 
     #[test]
     fn the_size_is_known_before_anything_is_written() {
         assert_eq!(SHAPE.bytes(), 2 * 2 * 3 * 2 * 32 * 4 * 2);
+        let q8 = |head_dim| KvShape { kv_type: KvType::Q8_0, head_dim, ..SHAPE }.bytes();
+        assert_eq!([q8(4), q8(128), q8(130)], [6, 136, 140].map(|bytes| 2 * 2 * 3 * 2 * 32 * bytes));
+        for kv_type in KvType::ALL {
+            let cache = KvCache::new(KvShape { kv_type, head_dim: 130, ..SHAPE });
+            let n_bytes: usize = cache
+                .layers
+                .iter()
+                .map(|layer| match layer {
+                    Layer::F16 { keys, values } => size_of_val(&keys[..]) + size_of_val(&values[..]),
+                    Layer::Q8_0 { key_codes, key_scales, value_codes, value_scales } => {
+                        key_codes.len() + value_codes.len() + 2 * (key_scales.len() + value_scales.len())
+                    }
+                })
+                .sum();
+            assert_eq!(cache.shape().bytes(), n_bytes as u64, "{kv_type}");
+        }
         assert_eq!(pages_for(0), 0);
         assert_eq!(pages_for(KV_PAGE_TOKENS), 1);
         assert_eq!(pages_for(KV_PAGE_TOKENS + 1), 2);
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for kv_type in KvType::ALL {
+            assert_eq!(kv_type.to_string().parse(), Ok(kv_type));
+        }
+        assert!("q4_0".parse::<KvType>().is_err());
     }
 }

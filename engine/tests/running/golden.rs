@@ -13,7 +13,7 @@ use bitnetd_engine::dense::DenseFormat;
 use bitnetd_engine::forward::{Forward, ForwardLimits, Row};
 use bitnetd_engine::gguf::Gguf;
 use bitnetd_engine::kernels::KernelSet;
-use bitnetd_engine::kv::{KvCache, KvShape, pages_for};
+use bitnetd_engine::kv::{KvCache, KvShape, KvType, pages_for};
 use bitnetd_engine::mapping::Mapping;
 use bitnetd_engine::model::Model;
 use bitnetd_engine::pool::{PoolOptions, ThreadPool};
@@ -46,13 +46,14 @@ fn golden_dir() -> PathBuf {
 }
 
 /// Logits after every token of a prompt, (tokens, n_vocab).
-fn logits(model: &Arc<Model>, tokens: &[u32]) -> Vec<f32> {
+fn logits(model: &Arc<Model>, kv_type: KvType, tokens: &[u32]) -> Vec<f32> {
     let hparams = model.hparams();
     let n = tokens.len();
     let pool = ThreadPool::new(PoolOptions::unpinned(1)).unwrap();
     let limits = ForwardLimits { n_rows_max: n, n_logits_max: n, n_ctx: hparams.n_ctx };
     let mut forward = Forward::new(Arc::clone(model), KernelSet::detect(), pool, limits);
     let mut kv = KvCache::new(KvShape {
+        kv_type,
         n_layers: hparams.n_layers,
         n_kv_heads: hparams.n_kv_heads,
         head_dim: hparams.head_dim,
@@ -73,13 +74,13 @@ fn logits(model: &Arc<Model>, tokens: &[u32]) -> Vec<f32> {
     forward.run(&rows, &mut kv).to_vec()
 }
 
-fn compare(model: &Arc<Model>, name: &str, bounds: &Bounds) {
+fn compare(model: &Arc<Model>, name: &str, kv_type: KvType, bounds: &Bounds) {
     let json = std::fs::read_to_string(golden_dir().join(format!("logits_{name}.json"))).unwrap();
     let golden: Golden = serde_json::from_str(&json).unwrap();
     let rows = std::fs::read(golden_dir().join(format!("logits_{name}.bin"))).unwrap();
     let rows: Vec<f32> = rows.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
     for prompt in &golden.prompts {
-        let logits = logits(model, &prompt.ids);
+        let logits = logits(model, kv_type, &prompt.ids);
         let ours = |position: usize| &logits[position * golden.n_vocab..][..golden.n_vocab];
         let (mut max, mut sum_sq, mut n) = (0.0_f64, 0.0_f64, 0_u32);
         for (position, _, row) in &prompt.full {
@@ -96,7 +97,7 @@ fn compare(model: &Arc<Model>, name: &str, bounds: &Bounds) {
             clippy::print_stdout,
             reason = "the measured difference, for whoever runs it with --nocapture"
         )]
-        let () = println!("{name}/{}: maxdiff {max:.4}, rms {rms:.4} over {n} logits", prompt.name);
+        let () = println!("{name}/{} {kv_type}: maxdiff {max:.4}, rms {rms:.4} over {n} logits", prompt.name);
         assert!(max <= bounds.max, "{name}/{}: maxdiff {max} > {}", prompt.name, bounds.max);
         assert!(rms <= bounds.rms, "{name}/{}: rms {rms} > {}", prompt.name, bounds.rms);
         let mut n_swapped = 0_usize;
@@ -132,15 +133,53 @@ fn converted(checkpoint: &Path) -> Arc<Model> {
 
 #[test]
 fn story_model_agrees_with_transformers() {
-    compare(&story_model(), "story", &Bounds { max: 0.12, rms: 0.02 });
+    compare(&story_model(), "story", KvType::F16, &Bounds { max: 0.12, rms: 0.02 });
 }
 
 #[test]
 fn a_random_model_agrees_with_transformers() {
-    compare(&converted(&golden_dir().join("tiny")), "tiny", &Bounds { max: 0.005, rms: 0.001 });
+    compare(&converted(&golden_dir().join("tiny")), "tiny", KvType::F16, &Bounds { max: 0.005, rms: 0.001 });
 }
 
 #[test]
 fn packed_weights_agree_with_transformers() {
-    compare(&converted(&golden_dir().join("tiny-packed")), "tiny_packed", &Bounds { max: 0.005, rms: 0.001 });
+    compare(
+        &converted(&golden_dir().join("tiny-packed")),
+        "tiny_packed",
+        KvType::F16,
+        &Bounds { max: 0.005, rms: 0.001 },
+    );
+}
+
+/// Eight bits are nearly as near to it as sixteen.
+#[test]
+fn eight_bit_keys_and_values_agree_with_transformers() {
+    compare(&story_model(), "story", KvType::Q8_0, &Bounds { max: 0.25, rms: 0.04 });
+}
+
+/// Beside sixteen bits: how often the best token is the same, and by how much the real text is less likely.
+#[test]
+fn eight_bit_keys_and_values_choose_the_same_tokens() {
+    let model = story_model();
+    let json = std::fs::read_to_string(golden_dir().join("logits_story.json")).unwrap();
+    let golden: Golden = serde_json::from_str(&json).unwrap();
+    let (mut n, mut n_same, mut nats) = (0_u32, 0_u32, [0.0_f64; 2]);
+    for prompt in &golden.prompts {
+        let by_type = [KvType::F16, KvType::Q8_0].map(|kv_type| logits(&model, kv_type, &prompt.ids));
+        for (position, next) in prompt.ids.iter().skip(1).enumerate() {
+            let rows = by_type.each_ref().map(|all| &all[position * golden.n_vocab..][..golden.n_vocab]);
+            let best = rows.map(|row| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0);
+            for (nats, row) in nats.iter_mut().zip(rows) {
+                let sum: f64 = row.iter().map(|logit| f64::from(*logit).exp()).sum();
+                *nats += sum.ln() - f64::from(row[*next as usize]);
+            }
+            n += 1;
+            n_same += u32::from(best[0] == best[1]);
+        }
+    }
+    let perplexity = nats.map(|nats| (nats / f64::from(n)).exp());
+    #[expect(clippy::print_stdout, reason = "the figures, for whoever runs it with --nocapture")]
+    let () = println!("best token the same at {n_same} of {n} positions; perplexity {perplexity:.4?}");
+    assert!(n_same * 100 >= n * 98, "{n_same} of {n}");
+    assert!((perplexity[1] / perplexity[0] - 1.0).abs() < 0.005, "{perplexity:?}");
 }

@@ -1,6 +1,7 @@
 //! Promise P4: tokens and log-probabilities depend on model, prompt, parameters and seed, and on nothing else.
 
 use bitnetd_engine::kernels::KernelSet;
+use bitnetd_engine::kv::KvType;
 use bitnetd_engine::sampler::SamplingParams;
 
 use crate::support::{Answer, Setting, engine, request, run, seeded, story_model};
@@ -17,10 +18,11 @@ fn sampling(index: usize) -> SamplingParams {
 }
 
 /// Each prompt by itself, on one scalar thread.
-fn calm_answers(n_tokens: usize) -> Vec<Answer> {
+fn calm_answers(kv_type: KvType, n_tokens: usize) -> Vec<Answer> {
     let model = story_model();
     let setting = Setting {
         kernels: KernelSet::for_isa(bitnetd_engine::kernels::Isa::Scalar).unwrap(),
+        kv_type,
         ..Setting::default()
     };
     let mut engine = engine(&model, &setting);
@@ -34,14 +36,19 @@ fn calm_answers(n_tokens: usize) -> Vec<Answer> {
 
 #[test]
 fn instruction_set_threads_chunks_and_neighbours_change_nothing() {
-    let calm = calm_answers(24);
+    KvType::ALL.into_iter().for_each(nothing_changes);
+}
+
+fn nothing_changes(kv_type: KvType) {
+    let calm = calm_answers(kv_type, 24);
     let model = story_model();
+    let default = Setting { kv_type, ..Setting::default() };
     let mut settings = Vec::new();
     for kernels in KernelSet::all_present() {
-        settings.push(Setting { kernels, ..Setting::default() });
+        settings.push(Setting { kernels, ..default.clone() });
     }
     for (n_threads, max_batch, prefill_chunk) in [(2, 1, 1), (3, 4, 7), (2, 3, 64), (1, 4, 3)] {
-        settings.push(Setting { n_threads, max_batch, prefill_chunk, ..Setting::default() });
+        settings.push(Setting { n_threads, max_batch, prefill_chunk, ..default.clone() });
     }
     for setting in settings {
         let mut engine = engine(&model, &setting);
@@ -57,10 +64,14 @@ fn instruction_set_threads_chunks_and_neighbours_change_nothing() {
 
 #[test]
 fn an_answer_goes_on_after_any_token_as_if_nothing_had_happened() {
+    KvType::ALL.into_iter().for_each(it_goes_on);
+}
+
+fn it_goes_on(kv_type: KvType) {
     let n_tokens = 16;
-    let calm = calm_answers(n_tokens);
+    let calm = calm_answers(kv_type, n_tokens);
     let model = story_model();
-    let mut engine = engine(&model, &Setting::default());
+    let mut engine = engine(&model, &Setting { kv_type, ..Setting::default() });
     for (index, prompt) in PROMPTS.iter().enumerate() {
         for n_done in 0..=calm[index].tokens.len() {
             let mut request = request(&engine, prompt, n_tokens, sampling(index));

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bitnetd_engine::fast_image::{FastImage, FastImageBuilder, FastParts};
 use bitnetd_engine::gguf::Gguf;
 use bitnetd_engine::kernels::KernelSet;
+use bitnetd_engine::kv::KvType;
 use bitnetd_engine::mapping::{Mapping, MappingMut};
 use bitnetd_engine::model::Model;
 use bitnetd_engine::pool::Wait;
@@ -37,6 +38,7 @@ pub(crate) struct Setting {
     pub(crate) max_batch: usize,
     pub(crate) prefill_chunk: usize,
     pub(crate) speculation: Speculation,
+    pub(crate) kv_type: KvType,
 }
 
 impl Default for Setting {
@@ -47,6 +49,7 @@ impl Default for Setting {
             max_batch: 4,
             prefill_chunk: 64,
             speculation: Speculation::Always,
+            kv_type: KvType::F16,
         }
     }
 }
@@ -67,6 +70,7 @@ pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
         max_batch: setting.max_batch,
         prefill_chunk: setting.prefill_chunk,
         speculation: setting.speculation,
+        kv_type: setting.kv_type,
     };
     Engine::new(Arc::clone(model), options).unwrap()
 }

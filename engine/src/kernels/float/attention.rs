@@ -1,4 +1,4 @@
-//! One layer's attention over the paged f16 KV cache.
+//! One layer's attention over the paged KV cache.
 //!
 //! The definition, for a query q with positions 0..n visible: `score_t = dot(q, k_t) * (1 / sqrt(head_dim))`,
 //! `e_t = exp(score_t - max)`, `sum` of e in the one order of float reductions, and
@@ -14,10 +14,9 @@
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use half::f16;
-
 use super::lanes::{Lanes, LanesTask, padded};
 use super::shared_out::SharedOut;
+use super::stored::{KeyReader, KvLayer, Stored, ValueReader, ValueRow};
 use crate::kernels::KernelSet;
 use crate::pool::ThreadPool;
 
@@ -39,15 +38,6 @@ pub struct AttentionShape {
     pub n_kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-}
-
-/// Keys and values of one layer.
-#[derive(Clone, Copy, Debug)]
-pub struct KvLayer<'a> {
-    /// Keys: (`n_pages`, `n_kv_heads`, `head_dim`, [`KV_PAGE_TOKENS`]).
-    pub keys: &'a [f16],
-    /// Values: (`n_pages`, `n_kv_heads`, [`KV_PAGE_TOKENS`], `head_dim`).
-    pub values: &'a [f16],
 }
 
 /// What one query row sees.
@@ -136,18 +126,21 @@ impl KernelSet {
                 while row < end {
                     let n =
                         rows[row..end].iter().take_while(|r| std::ptr::eq(r.pages, rows[row].pages)).count();
-                    let (tile, scores) = (&rows[row..row + n], &mut scores[..]);
-                    self.on_lanes(Tile {
+                    let tile = Tile {
                         shape,
                         q,
-                        kv,
-                        rows: tile,
+                        kv: (),
+                        rows: &rows[row..row + n],
                         first_row: row,
                         kv_head,
                         heads: first_head..end_head,
-                        scores,
+                        scores: &mut scores[..],
                         out: &out,
-                    });
+                    };
+                    match kv {
+                        KvLayer::F16(kv) => self.on_lanes(tile.over(kv)),
+                        KvLayer::Q8_0(kv) => self.on_lanes(tile.over(kv)),
+                    }
                     row += n;
                 }
             }
@@ -156,10 +149,10 @@ impl KernelSet {
 }
 
 /// Rows of one sequence and some query heads of one KV head. A "query" is one of both; they are numbered row by row.
-struct Tile<'a> {
+struct Tile<'a, S> {
     shape: AttentionShape,
     q: &'a [f32], // (n, n_heads, head_dim), all rows
-    kv: KvLayer<'a>,
+    kv: S,
     rows: &'a [AttentionRow<'a>],
     first_row: usize,
     kv_head: usize,
@@ -168,7 +161,14 @@ struct Tile<'a> {
     out: &'a SharedOut<'a, f32>, // As q.
 }
 
-impl LanesTask for Tile<'_> {
+impl<'a> Tile<'a, ()> {
+    fn over<S: Stored>(self, kv: S) -> Tile<'a, S> {
+        let Self { shape, q, kv: (), rows, first_row, kv_head, heads, scores, out } = self;
+        Tile { shape, q, kv, rows, first_row, kv_head, heads, scores, out }
+    }
+}
+
+impl<S: Stored> LanesTask for Tile<'_, S> {
     type Output = ();
 
     #[inline(always)]
@@ -190,7 +190,7 @@ impl LanesTask for Tile<'_> {
     }
 }
 
-impl Tile<'_> {
+impl<S: Stored> Tile<'_, S> {
     fn n_queries(&self) -> usize {
         self.rows.len() * self.heads.len()
     }
@@ -222,11 +222,10 @@ impl Tile<'_> {
         unsafe { self.out.part(self.start(query), self.shape.head_dim) }
     }
 
-    /// Calls for each page: its first position, and where its keys and values lie.
+    /// Where the keys and values of a page of the sequence are.
     #[inline(always)]
-    fn page_start(&self, page_idx: usize) -> usize {
-        let page = self.rows[0].pages[page_idx] as usize;
-        (page * self.shape.n_kv_heads + self.kv_head) * KV_PAGE_TOKENS * self.shape.head_dim
+    fn place(&self, page_idx: usize) -> usize {
+        self.rows[0].pages[page_idx] as usize * self.shape.n_kv_heads + self.kv_head
     }
 
     fn n_pages(&self) -> usize {
@@ -236,10 +235,9 @@ impl Tile<'_> {
     /// Fills `scores`, up to the next whole vector after the last position that the longest row sees.
     #[inline(always)]
     fn score<L: Lanes>(&mut self, lanes: L) {
-        let head_dim = self.shape.head_dim;
         let n_positions = self.stride();
         for page in 0..self.n_pages() {
-            let keys = &self.kv.keys[self.page_start(page)..][..KV_PAGE_TOKENS * head_dim];
+            let keys = self.kv.keys(self.place(page), self.shape.head_dim);
             let first = page * KV_PAGE_TOKENS;
             for begin in (0..KV_PAGE_TOKENS.min(n_positions - first)).step_by(16) {
                 let mut query = 0;
@@ -268,7 +266,7 @@ impl Tile<'_> {
         &mut self,
         lanes: L,
         query: usize,
-        (keys, begin): (&[f16], usize),
+        (keys, begin): (S::Keys, usize),
         first: usize,
     ) {
         let scale = lanes.splat(1.0 / (self.shape.head_dim as f32).sqrt());
@@ -277,7 +275,7 @@ impl Tile<'_> {
         for (i, q) in queries.iter_mut().enumerate() {
             *q = self.query(query + i);
         }
-        let sums = dots::<L, Q, P>(lanes, queries, keys, begin);
+        let sums = dots::<L, S::Keys, Q, P>(lanes, queries, keys, begin);
         for (i, sums) in sums.iter().enumerate() {
             let scores = &mut self.scores[(query + i) * stride + first + begin..];
             lanes.store(lanes.mul(*sums, scale), &mut scores.as_chunks_mut().0[0]);
@@ -287,10 +285,9 @@ impl Tile<'_> {
     /// Adds the values, weighted by what `softmax` left in `scores`, to the output.
     #[inline(always)]
     fn mix<L: Lanes>(&self, lanes: L) {
-        let head_dim = self.shape.head_dim;
         let stride = self.stride();
         for page in 0..self.n_pages() {
-            let values = &self.kv.values[self.page_start(page)..][..KV_PAGE_TOKENS * head_dim];
+            let values = self.kv.values(self.place(page), self.shape.head_dim);
             let first = page * KV_PAGE_TOKENS;
             let weights =
                 |query: usize, from: usize, to: usize| &self.scores[query * stride + first..][from..to];
@@ -303,13 +300,13 @@ impl Tile<'_> {
                     common = common.saturating_sub(first).min(KV_PAGE_TOKENS);
                     let e = [query, query + 1, query + 2, query + 3].map(|query| weights(query, 0, common));
                     let out = [query, query + 1, query + 2, query + 3].map(|query| self.part(query));
-                    mix_page(lanes, e, &values[..common * head_dim], out);
+                    mix_page(lanes, e, (values, 0), out);
                 }
                 for query in query..query + n_together {
                     let end = self.n_visible(query).saturating_sub(first).min(KV_PAGE_TOKENS);
                     if common < end {
                         let e = weights(query, common, end);
-                        mix_page(lanes, [e], &values[common * head_dim..end * head_dim], [self.part(query)]);
+                        mix_page(lanes, [e], (values, common), [self.part(query)]);
                     }
                 }
                 query += n_together;
@@ -323,26 +320,27 @@ impl Tile<'_> {
 /// vector.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "iterators that yield vectors are not always inlined")]
-fn dots<L: Lanes, const Q: usize, const P: usize>(
+fn dots<L: Lanes, K: KeyReader, const Q: usize, const P: usize>(
     lanes: L,
     queries: [&[f32]; Q],
-    keys: &[f16],
+    keys: K,
     begin: usize,
 ) -> [L::V; Q] {
-    let keys = keys.as_chunks::<KV_PAGE_TOKENS>().0;
-    let head_dim = keys.len();
+    let head_dim = keys.head_dim();
     let queries = queries.map(|q| &q[..head_dim]);
     let mut folded = [[lanes.splat(0.0); 8]; Q];
     for first in (0..8).step_by(P) {
         let mut acc = [[[lanes.splat(0.0); 2]; P]; Q];
         for d in (first..head_dim).step_by(16) {
+            // Blocks are as long as sixteen, or twice.
+            let scale = keys.scale(lanes, d, begin);
             for p in 0..P {
                 for upper in 0..2 {
                     let d = d + p + 8 * upper;
                     if d >= head_dim {
                         continue;
                     }
-                    let key = lanes.load_f16(&keys[d][begin..].as_chunks().0[0]);
+                    let key = keys.at(lanes, d, begin, scale);
                     for i in 0..Q {
                         acc[i][p][upper] = lanes.fma(lanes.splat(queries[i][d]), key, acc[i][p][upper]);
                     }
@@ -395,30 +393,35 @@ fn sum_of<L: Lanes>(lanes: L, v: &[f32]) -> f32 {
     lanes.sum(sum)
 }
 
-/// `out[q] += e[q][t] * values[t]` in increasing t, for values (t, `head_dim`).
+/// `out[q] += e[q][t] * values[first + t]` in increasing t.
 #[inline(always)]
-fn mix_page<L: Lanes, const Q: usize>(lanes: L, e: [&[f32]; Q], values: &[f16], mut out: [&mut [f32]; Q]) {
+fn mix_page<L: Lanes, V: ValueReader, const Q: usize>(
+    lanes: L,
+    e: [&[f32]; Q],
+    (values, first): (V, usize),
+    mut out: [&mut [f32]; Q],
+) {
     let head_dim = out[0].len();
     let n_vectors = head_dim / 16;
     let mut j = 0;
     while L::IS_WIDE && j + 4 <= n_vectors {
-        mix_vectors::<L, Q, 4>(lanes, e, values, &mut out, j);
+        mix_vectors::<L, V, Q, 4>(lanes, e, (values, first), &mut out, j);
         j += 4;
     }
     while !L::IS_WIDE && j + 2 <= n_vectors && Q == 1 {
-        mix_vectors::<L, Q, 2>(lanes, e, values, &mut out, j);
+        mix_vectors::<L, V, Q, 2>(lanes, e, (values, first), &mut out, j);
         j += 2;
     }
     while j < n_vectors {
-        mix_vectors::<L, Q, 1>(lanes, e, values, &mut out, j);
+        mix_vectors::<L, V, Q, 1>(lanes, e, (values, first), &mut out, j);
         j += 1;
     }
     let rest = n_vectors * 16;
     if rest < head_dim {
         for (out, e) in out.into_iter().zip(e) {
             let mut acc = lanes.load(&padded(&out[rest..], 0.0));
-            for (e, v) in e.iter().zip(values.chunks_exact(head_dim)) {
-                acc = lanes.fma(lanes.splat(*e), lanes.load_f16(&padded(&v[rest..], f16::ZERO)), acc);
+            for (t, e) in e.iter().enumerate() {
+                acc = lanes.fma(lanes.splat(*e), values.row(first + t).rest(lanes, n_vectors), acc);
             }
             let mut last = [0.0; 16];
             lanes.store(acc, &mut last);
@@ -429,28 +432,30 @@ fn mix_page<L: Lanes, const Q: usize>(lanes: L, e: [&[f32]; Q], values: &[f16], 
 
 /// The same for `B` vectors of the head from vector `j`.
 #[inline(always)]
-fn mix_vectors<L: Lanes, const Q: usize, const B: usize>(
+#[expect(clippy::needless_range_loop, reason = "iterators that yield vectors are not always inlined")]
+fn mix_vectors<L: Lanes, V: ValueReader, const Q: usize, const B: usize>(
     lanes: L,
     e: [&[f32]; Q],
-    values: &[f16],
+    (values, first): (V, usize),
     out: &mut [&mut [f32]; Q],
     j: usize,
 ) {
-    let head_dim = out[0].len();
+    let n_positions = e[0].len();
+    let e = e.map(|e| &e[..n_positions]);
     let mut acc = [[lanes.splat(0.0); B]; Q];
     for i in 0..Q {
         for (b, acc) in acc[i].iter_mut().enumerate() {
             *acc = lanes.load(&out[i].as_chunks().0[j + b]);
         }
     }
-    for (t, v) in values.chunks_exact(head_dim).enumerate() {
+    for t in 0..n_positions {
         let mut weights = [lanes.splat(0.0); Q];
         for i in 0..Q {
             weights[i] = lanes.splat(e[i][t]);
         }
-        let v = &v.as_chunks::<16>().0[j..][..B];
+        let row = values.row(first + t);
         for b in 0..B {
-            let v = lanes.load_f16(&v[b]);
+            let v = row.vector(lanes, j + b);
             for i in 0..Q {
                 acc[i][b] = lanes.fma(weights[i], v, acc[i][b]);
             }

@@ -17,10 +17,12 @@ mod elementwise; // Norms, activations, residuals, f16 stores.
 pub(super) mod lanes; // Sixteen lanes on each instruction set.
 mod rope; // Rotary position embedding.
 pub(super) mod shared_out; // An output that several threads fill.
+mod stored; // Keys and values as the cache stores them.
 
 #[cfg(test)]
 mod tests;
 
-pub use attention::{AttentionRow, AttentionScratch, AttentionShape, KV_PAGE_TOKENS, KvLayer};
+pub use attention::{AttentionRow, AttentionScratch, AttentionShape, KV_PAGE_TOKENS};
 pub use elementwise::Activation;
 pub use rope::{RopeStyle, RopeTable};
+pub use stored::{F16Layer, KV_BLOCK_LEN, KvLayer, Q8Layer};

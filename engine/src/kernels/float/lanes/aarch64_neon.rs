@@ -84,6 +84,12 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
+    fn load_i8_half(self, v: &[i8; 16]) -> Quad {
+        // SAFETY: `self` proves the feature.
+        unsafe { load_i8_half(v) }
+    }
+
+    #[inline(always)]
     fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [Quad; 2] {
         // SAFETY: `self` proves the feature.
         unsafe { scaled_nibbles(v, scale) }
@@ -226,6 +232,13 @@ fn widen_i8(v: int8x16_t) -> Quad {
 #[target_feature(enable = "neon")]
 fn load_i8(v: &[u8; 32]) -> [Quad; 2] {
     load_256(v).map(|v| widen_i8(vreinterpretq_s8_u8(v)))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn load_i8_half(v: &[i8; 16]) -> Quad {
+    // SAFETY: reads the 16 bytes of `v`.
+    widen_i8(unsafe { vld1q_s8(v.as_ptr()) })
 }
 
 #[inline]

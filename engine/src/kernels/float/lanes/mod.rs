@@ -37,6 +37,8 @@ pub(crate) trait Lanes: Copy {
     fn load_bf16_bytes(self, v: &[u8; 32]) -> Self::V;
     /// Signed bytes, exactly.
     fn load_i8(self, v: &[u8; 32]) -> [Self::V; 2];
+    /// The same of sixteen.
+    fn load_i8_half(self, v: &[i8; 16]) -> Self::V;
     /// The 16 low nibbles, then the 16 high ones, each minus 8 (exactly) and times `scale`.
     fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [Self::V; 2];
     /// A hint that `bytes[at]` will be read soon. Nothing happens if it does not exist.

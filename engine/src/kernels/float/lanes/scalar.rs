@@ -59,6 +59,11 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
+    fn load_i8_half(self, v: &[i8; 16]) -> [f32; 16] {
+        v.map(f32::from)
+    }
+
+    #[inline(always)]
     fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [[f32; 16]; 2] {
         let scaled = |nibble: u8| (f32::from(nibble) - 8.0) * scale;
         [v.map(|b| scaled(b & 15)), v.map(|b| scaled(b >> 4))]

@@ -83,6 +83,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn load_i8_half(self, v: &[i8; 16]) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { load_i8_half(v) }
+    }
+
+    #[inline(always)]
     fn scaled_nibbles(self, v: &[u8; 16], scale: f32) -> [Pair; 2] {
         // SAFETY: `self` proves the features.
         unsafe { scaled_nibbles(v, scale) }
@@ -222,6 +228,13 @@ fn widen_i8(v: __m128i) -> Pair {
 fn load_i8(v: &[u8; 32]) -> [Pair; 2] {
     let v = load_256(v);
     [widen_i8(_mm256_castsi256_si128(v)), widen_i8(_mm256_extracti128_si256::<1>(v))]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load_i8_half(v: &[i8; 16]) -> Pair {
+    // SAFETY: reads the 16 bytes of `v`.
+    widen_i8(unsafe { _mm_loadu_si128(v.as_ptr().cast()) })
 }
 
 #[inline]

@@ -33,6 +33,7 @@ impl LanesTask for Everything<'_> {
             lanes.splat(lanes.sum(a)),
         ];
         vectors.extend(lanes.load_i8(&bytes[0]));
+        vectors.push(lanes.load_i8_half(&nibbles[1].map(u8::cast_signed)));
         vectors.extend(lanes.scaled_nibbles(&nibbles[3], self.0[0]));
         let mut out = vec![[0.0; 16]; vectors.len()];
         for (v, out) in vectors.into_iter().zip(&mut out) {
