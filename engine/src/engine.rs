@@ -129,6 +129,8 @@ pub struct EngineStats {
     pub guessed_tokens: u64,
     /// Of those, the right ones.
     pub right_guesses: u64,
+    /// Bytes of weights that the last step read that only decoded.
+    pub step_bytes: u64,
 }
 
 /// A model, its threads and the sequences on board.
@@ -475,6 +477,7 @@ impl Engine {
             self.chunk.observe(n_rows, elapsed);
         } else {
             self.stats.decode += elapsed;
+            self.stats.step_bytes = self.forward.read_bytes();
             self.costs.observe(n_rows, elapsed.as_secs_f32());
         }
     }

@@ -1,7 +1,7 @@
 //! What decoding reads instead of the file: fewer bytes for the same tokens, made once and shared by all workers.
 //!
-//! Two parts, each optional: every `I2_S` matrix with five codes to a byte ([`FiveMatrix`]), and the screen of the output
-//! head ([`FastHead`]). Products with them are those of the file to the bit, and so are chosen tokens; an image can be
+//! Two parts, each optional: every `I2_S` matrix with five codes to a byte ([`FiveMatrix`]) or, where most of its
+//! inputs are zero, by columns ([`ColumnMatrix`]); and the screen of the output head ([`FastHead`]). Products with them are those of the file to the bit, and so are chosen tokens; an image can be
 //! taken up at any moment, also in the middle of an answer. Prompts are still computed from the file.
 //!
 //! Layout: a 64-byte header (magic, parts, fingerprint of the model, length, zeros), then the matrices layer by layer,
@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 
 use crate::head::{FastHead, FastHeadError, HeadLayout};
 use crate::kernels::KernelSet;
-use crate::kernels::ternary::FiveMatrix;
+use crate::kernels::float::Activation;
+use crate::kernels::ternary::{ColumnMatrix, FiveMatrix, UNIT_COLS};
 use crate::mapping::{HUGE_PAGE_BYTES, Mapping, MappingMut};
 use crate::model::{Model, TernaryWeight};
 use crate::pool::ThreadPool;
 use crate::ternary::TernaryFormat;
 
-const MAGIC: [u8; 8] = *b"bndfast1";
+const MAGIC: [u8; 8] = *b"bndfast2";
 const HEADER_BYTES: usize = 64;
 
 /// Memory that is asked for as huge pages at once: the system takes its time for every request, and others wait.
@@ -35,7 +36,7 @@ const MODEL_BYTES_MIN: usize = 64 << 20;
 /// Which parts an image has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FastParts {
-    /// Ternary matrices with five codes to a byte.
+    /// Ternary matrices.
     pub five: bool,
     /// The screen of the output head.
     pub head: bool,
@@ -97,6 +98,34 @@ type LayerRanges = [Range<usize>; N_WEIGHTS];
 
 const N_WEIGHTS: usize = 7;
 
+/// The place of `ffn_down` in [`weights_of`].
+const DOWN: usize = 6;
+
+/// How a matrix is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Packing {
+    /// By rows, five codes to a byte.
+    Five,
+    /// By columns.
+    Columns,
+}
+
+impl Packing {
+    /// What suits the inputs of a weight in [`weights_of`].
+    fn of(model: &Model, place: usize) -> Self {
+        let has_zeros = model.hparams().architecture.activation() == Activation::ReluSquared;
+        if place == DOWN && has_zeros { Self::Columns } else { Self::Five }
+    }
+
+    /// Bytes of a matrix.
+    fn n_bytes(self, n_rows: usize, n_cols: usize) -> usize {
+        match self {
+            Self::Five => n_rows * FiveMatrix::row_bytes_of(n_cols),
+            Self::Columns => n_cols * ColumnMatrix::column_bytes_of(n_rows),
+        }
+    }
+}
+
 /// The ternary matrices of a layer.
 fn weights_of(model: &Model, layer: usize) -> [&TernaryWeight; N_WEIGHTS] {
     let layer = &model.layers()[layer];
@@ -122,9 +151,10 @@ impl Layout {
         let n_layers = if parts.five && is_all_i2_s(model) { model.layers().len() } else { 0 };
         let layers: Vec<LayerRanges> = (0..n_layers)
             .map(|layer| {
-                weights_of(model, layer).map(|weight| {
-                    let matrix = model.ternary(weight);
-                    take(matrix.n_rows() * FiveMatrix::row_bytes_of(matrix.n_cols()))
+                let weights = weights_of(model, layer);
+                std::array::from_fn(|place| {
+                    let matrix = model.ternary(weights[place]);
+                    take(Packing::of(model, place).n_bytes(matrix.n_rows(), matrix.n_cols()))
                 })
             })
             .collect();
@@ -183,7 +213,7 @@ pub struct FastImageBuilder {
     n_collapsed: usize,
     n_refused: usize, // Of the bytes collapsed, those that stayed as they were.
     piece: usize,     // Matrices in order, then the head.
-    row: usize,       // The next one of the piece.
+    row: usize,       // The next one of the piece, or of its units of columns.
 }
 
 impl FastImageBuilder {
@@ -235,7 +265,7 @@ impl FastImageBuilder {
         let n_matrices = self.layout.layers.len() * N_WEIGHTS;
         loop {
             if self.piece < n_matrices {
-                self.pack_rows(pool)?;
+                self.pack(pool)?;
             } else if self.piece == n_matrices && self.layout.head.is_some() {
                 self.screen_rows(kernels, pool)?;
             } else {
@@ -266,26 +296,42 @@ impl FastImageBuilder {
         }
     }
 
-    fn pack_rows(&mut self, pool: &ThreadPool) -> Result<(), FastImageError> {
+    fn pack(&mut self, pool: &ThreadPool) -> Result<(), FastImageError> {
         let (layer, place) = (self.piece / N_WEIGHTS, self.piece % N_WEIGHTS);
         let model = Arc::clone(&self.model);
         let matrix = model.ternary(weights_of(&model, layer)[place]);
-        let rows = self.row..matrix.n_rows().min(self.row + 8 * STEP_ROWS);
-        let row_bytes = FiveMatrix::row_bytes_of(matrix.n_cols());
+        let packing = Packing::of(&model, place);
+        // What is packed at once, by one thread: a row, or as many columns as share bytes of the file.
+        let (n_items, item_bytes, step_items) = match packing {
+            Packing::Five => (matrix.n_rows(), FiveMatrix::row_bytes_of(matrix.n_cols()), 8 * STEP_ROWS),
+            Packing::Columns => {
+                let unit_bytes = UNIT_COLS * ColumnMatrix::column_bytes_of(matrix.n_rows());
+                (matrix.n_cols() / UNIT_COLS, unit_bytes, 8)
+            }
+        };
+        let items = self.row..n_items.min(self.row + step_items);
         let start = self.layout.layers[layer][place].start;
-        let bytes = start + rows.start * row_bytes..start + rows.end * row_bytes;
+        let bytes = start + items.start * item_bytes..start + items.end * item_bytes;
         self.collapse_to(bytes.end);
         let is_valid = std::sync::atomic::AtomicBool::new(true);
-        pool.for_each_row_mut(&mut self.memory[bytes], row_bytes, 16, &|_, row, packed| {
-            let row = rows.start + row;
-            if !FiveMatrix::pack_rows(&matrix, row..row + 1, packed) {
+        let chunk = match packing {
+            Packing::Five => 16,
+            Packing::Columns => 1,
+        };
+        pool.for_each_row_mut(&mut self.memory[bytes], item_bytes, chunk, &|_, item, packed| {
+            let item = items.start + item;
+            let is_packed = match packing {
+                Packing::Five => FiveMatrix::pack_rows(&matrix, item..item + 1, packed),
+                Packing::Columns => ColumnMatrix::pack_unit(&matrix, item, packed),
+            };
+            if !is_packed {
                 is_valid.store(false, std::sync::atomic::Ordering::Relaxed);
             }
         });
         if !is_valid.into_inner() {
             return Err(FastImageError::Code { layer });
         }
-        self.end_step(rows.end, matrix.n_rows());
+        self.end_step(items.end, n_items);
         Ok(())
     }
 
@@ -327,7 +373,36 @@ pub struct FiveLayer<'a> {
     pub attn_output: FiveMatrix<'a>,
     pub ffn_gate: FiveMatrix<'a>,
     pub ffn_up: FiveMatrix<'a>,
-    pub ffn_down: FiveMatrix<'a>,
+    pub ffn_down: DownMatrix<'a>,
+}
+
+/// The output projection of a feed-forward network, as its inputs are.
+#[derive(Clone, Copy, Debug)]
+pub enum DownMatrix<'a> {
+    /// All of them count.
+    Five(FiveMatrix<'a>),
+    /// Most are zero.
+    Columns(ColumnMatrix<'a>),
+}
+
+impl<'a> DownMatrix<'a> {
+    /// By rows, if it is.
+    #[must_use]
+    pub fn five(self) -> Option<FiveMatrix<'a>> {
+        match self {
+            Self::Five(matrix) => Some(matrix),
+            Self::Columns(_) => None,
+        }
+    }
+
+    /// By columns, if it is.
+    #[must_use]
+    pub fn columns(self) -> Option<ColumnMatrix<'a>> {
+        match self {
+            Self::Five(_) => None,
+            Self::Columns(matrix) => Some(matrix),
+        }
+    }
 }
 
 impl FastImage {
@@ -393,7 +468,14 @@ impl FastImage {
             attn_output: matrix(3)?,
             ffn_gate: matrix(4)?,
             ffn_up: matrix(5)?,
-            ffn_down: matrix(6)?,
+            ffn_down: match Packing::of(model, DOWN) {
+                Packing::Five => DownMatrix::Five(matrix(DOWN)?),
+                Packing::Columns => {
+                    let file = model.ternary(weights[DOWN]);
+                    let bytes = &self.memory[ranges[DOWN].clone()];
+                    DownMatrix::Columns(ColumnMatrix::new(bytes, file.n_rows(), file.n_cols())?)
+                }
+            },
         })
     }
 }

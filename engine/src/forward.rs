@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::fast_image::{FastImage, FiveLayer};
+use crate::fast_image::{DownMatrix, FastImage, FiveLayer};
 use crate::head::Wanted;
 use crate::kernels::KernelSet;
 use crate::kernels::float::{Activation, AttentionRow, AttentionScratch, AttentionShape, RopeTable};
@@ -40,6 +40,7 @@ pub struct Forward {
     fast: Option<Fast>,
     n_logits_max: usize,
     state: RunState,
+    read_bytes: u64, // Of weights, by the last pass.
 }
 
 /// What is read instead of the file where it gives the same.
@@ -94,7 +95,16 @@ impl Forward {
         let hparams = model.hparams();
         let rope = RopeTable::new(limits.n_ctx, hparams.head_dim, hparams.rope_base, model.rope_freqs());
         let state = RunState::new(hparams, &limits, pool.n_threads());
-        Self { model, kernels, pool, rope, fast: None, n_logits_max: limits.n_logits_max, state }
+        Self {
+            model,
+            kernels,
+            pool,
+            rope,
+            fast: None,
+            n_logits_max: limits.n_logits_max,
+            state,
+            read_bytes: 0,
+        }
     }
 
     /// From now on reads `image`, which is one of this model, where it gives the same as the file.
@@ -133,30 +143,38 @@ impl Forward {
     /// What a pass costs at least.
     #[must_use]
     pub fn cost(&self) -> PassCost {
-        let matrices = self.model.layers().iter().flat_map(|layer| {
-            let LayerWeights { attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, .. } = layer;
-            [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down]
-        });
-        let matrices = matrices.map(|weight| self.model.ternary(weight));
-        let (mut file_bytes, mut row_macs) = (0, 0);
-        for matrix in matrices {
-            file_bytes += (matrix.n_rows() * matrix.row_bytes()) as u64;
+        let mut row_macs = 0;
+        for matrix in self.model.ternary_matrices() {
             row_macs += matrix.n_rows() as u64 * matrix.n_cols() as u64;
         }
-        let image = self.fast_image();
-        let five_bytes = image.and_then(FastImage::ternary_bytes).filter(|_| self.kernels.reads_five());
-        let bytes = five_bytes.map_or(file_bytes, |n_bytes| n_bytes as u64);
         let head = self.model.output();
-        let head_bytes = match image.and_then(FastImage::head) {
-            None => head.n_rows() * head.row_bytes(),
-            // The rows that are looked at more closely come on top.
-            Some(screen) => screen.half(0).len(),
-        };
         PassCost {
-            bytes: bytes + head_bytes as u64,
+            bytes: self.ternary_bytes(1) + self.head_bytes(true),
             row_macs,
             logits_macs: head.n_rows() as u64 * head.n_cols() as u64,
         }
+    }
+
+    /// Bytes of weights that the last pass read: not those that it could leave out because they are multiplied with zero.
+    #[must_use]
+    pub fn read_bytes(&self) -> u64 {
+        self.read_bytes
+    }
+
+    /// Bytes of all ternary matrices, in the form in which a pass of so many rows reads them.
+    fn ternary_bytes(&self, n_rows: usize) -> u64 {
+        let image = self.fast_image().and_then(FastImage::ternary_bytes);
+        let bytes = image.filter(|_| n_rows == 1 && self.kernels.reads_five()).unwrap_or_else(|| {
+            self.model.ternary_matrices().map(|matrix| matrix.n_rows() * matrix.row_bytes()).sum()
+        });
+        bytes as u64
+    }
+
+    /// Bytes of the head. Rows that are looked at more closely behind a screen come on top.
+    fn head_bytes(&self, is_screened: bool) -> u64 {
+        let head = self.model.output();
+        let screen = self.fast_image().and_then(FastImage::head).filter(|_| is_screened);
+        screen.map_or(head.n_rows() * head.row_bytes(), |screen| screen.half(0).len()) as u64
     }
 
     /// Processes `rows` and stores their keys and values in `kv`.
@@ -177,11 +195,15 @@ impl Forward {
         visible.extend(
             rows.iter().map(|row| AttentionRow { pages: row.pages, n_visible: row.position as usize + 1 }),
         );
+        self.read_bytes = self.ternary_bytes(rows.len());
         for (index, layer) in model.layers().iter().enumerate() {
             self.attend(&model, (index, layer), rows, &visible, kv);
-            self.feed_forward(&model, layer, index, rows.len());
+            self.read_bytes -= self.feed_forward(&model, layer, index, rows.len());
         }
         self.state.visible = emptied(visible);
+        if rows.iter().any(|row| row.wants_logits) {
+            self.read_bytes += self.head_bytes(rows.iter().any(|row| row.wanted.is_some()));
+        }
         self.head(&model, rows)
     }
 
@@ -246,8 +268,8 @@ impl Forward {
         kernels.ternary_matmul(pool, &s.acts, &mut [job.with_five(five.map(|five| five.attn_output))]);
     }
 
-    /// x += ffn_down · sub_norm(act(gate) · up)
-    fn feed_forward(&mut self, model: &Model, layer: &LayerWeights, index: usize, n: usize) {
+    /// x += ffn_down · sub_norm(act(gate) · up). Returns how many bytes of weights were left out.
+    fn feed_forward(&mut self, model: &Model, layer: &LayerWeights, index: usize, n: usize) -> u64 {
         let five = self.fast.as_ref().and_then(|fast| fast.image.layer(model, index));
         let five: Option<&FiveLayer<'_>> = five.as_ref();
         let HyperParams { n_embd, n_ff, rms_eps, architecture, .. } = *model.hparams();
@@ -270,8 +292,19 @@ impl Forward {
         let sub_norm = layer.ffn_sub_norm.as_deref().map(|weight| (weight, rms_eps));
         s.acts.reset(n, n_ff);
         kernels.glu_norm_quantize(pool, activation, [&*gate, &*up], sub_norm, &mut s.acts);
-        let job = MatmulJob::new(model.ternary(&layer.ffn_down), x, Store::Add);
-        kernels.ternary_matmul(pool, &s.acts, &mut [job.with_five(five.map(|five| five.ffn_down))]);
+        let down = five.map(|five| five.ffn_down);
+        let job = MatmulJob::new(model.ternary(&layer.ffn_down), x, Store::Add)
+            .with_five(down.and_then(DownMatrix::five));
+        kernels.ternary_sparse(pool, &s.acts, job, down.and_then(DownMatrix::columns));
+        match five {
+            Some(FiveLayer { ffn_up, ffn_down: DownMatrix::Columns(down), .. })
+                if n == 1 && kernels.reads_five() =>
+            {
+                let n_closed = gate.iter().filter(|gate| **gate <= 0.0).count();
+                (n_closed * ffn_up.row_bytes() + s.acts.n_zeros(0) * down.column_bytes()) as u64
+            }
+            _ => 0,
+        }
     }
 
     /// logits = output · rmsnorm(x), for the rows that want them

@@ -248,7 +248,8 @@ pub struct WorkerLoad {
     pub image: ImageState,
     /// Bytes of that.
     pub image_bytes: u64,
-    /// Bytes of weights that a step which generates reads now.
+    /// Bytes of weights that the last step read which only generated: those that are multiplied with zero are left out. Before the first
+    /// such step, what one would read at most.
     pub step_bytes: u64,
     /// Its memory, if the kernel tells; read every second or so.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -182,7 +182,7 @@ impl StepLoop {
             right_guesses: stats.right_guesses,
             image: self.fast_image.state(),
             image_bytes: self.fast_image.n_bytes(),
-            step_bytes: self.engine.cost().bytes,
+            step_bytes: if stats.step_bytes > 0 { stats.step_bytes } else { self.engine.cost().bytes },
             memory: self.memory,
         }
     }

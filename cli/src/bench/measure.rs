@@ -21,7 +21,13 @@ const SHORT_PROMPT: u32 = 8;
 /// Longest wait for the fast image of the model to be made.
 const IMAGE_DEADLINE: Duration = Duration::from_secs(120);
 
-/// How often to look whether it is.
+/// Longest wait for the worker to tell of what it did.
+const REPORT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Prompts that are read before the first that counts.
+const N_UNCOUNTED: u16 = 2;
+
+/// How often to look whether it is so.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What is measured with each number of threads.
@@ -46,16 +52,20 @@ pub(super) async fn run(
         note("reading a prompt");
         let prefill = prefill(&local, setup, &mut tokens).await?;
         note("waiting for the fast image");
-        let step_bytes = step_bytes(&local).await?;
+        image_settled(&local).await?;
         let mut decode = Vec::new();
+        // One of each prompt that was read.
+        let mut n_generated = u64::from(N_UNCOUNTED) + u64::from(setup.repeats);
         for n in &setup.sequences {
             note(&format!("{n} answers together"));
-            decode.push((*n, self::decode(&local, setup, *n, &mut tokens).await?));
+            let runs = self::decode(&local, setup, *n, &mut tokens).await?;
+            n_generated += *n as u64 * u64::from(setup.answer_tokens) * u64::from(setup.repeats);
+            decode.push((*n, runs, step_bytes(&local, n_generated).await));
         }
-        Ok((prefill, decode, (local, step_bytes)))
+        Ok((prefill, decode, local))
     })
     .await?;
-    let (local, step_bytes) = local;
+    let step_bytes = decode.first().map_or(local.model.step_bytes, |(_, _, step_bytes)| *step_bytes);
     let model = &local.model;
     let report = report.get_or_insert_with(|| Report {
         program: concat!("bitnetd ", env!("CARGO_PKG_VERSION")),
@@ -73,9 +83,9 @@ pub(super) async fn run(
         decode: Vec::new(),
     });
     let n_rows = usize::try_from(setup.prompt_tokens).unwrap_or(usize::MAX);
-    let bound = bounds.tokens_per_s(step_bytes, model.token_macs, n_rows);
+    let bound = bounds.tokens_per_s(model.step_bytes, model.token_macs, n_rows);
     report.prefill.push(rate(&bounds, 1, prefill, bound));
-    for (n, runs) in decode {
+    for (n, runs, step_bytes) in decode {
         let bound = bounds.tokens_per_s(step_bytes, model.token_macs + model.head_macs, n);
         report.decode.push(rate(&bounds, n, runs, bound));
     }
@@ -109,8 +119,8 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// Bytes that a step which generates reads, once the worker has settled what it reads them from.
-async fn step_bytes(local: &Local) -> Result<u64, CliError> {
+/// Waits until the worker has settled what it reads weights from.
+async fn image_settled(local: &Local) -> Result<(), CliError> {
     let deadline = Instant::now() + IMAGE_DEADLINE;
     while Instant::now() < deadline {
         let loads = local.loads().await;
@@ -118,17 +128,30 @@ async fn step_bytes(local: &Local) -> Result<u64, CliError> {
             load.step_bytes > 0 && !matches!(load.image, ImageState::Waiting | ImageState::Making)
         };
         if loads.iter().all(is_settled) {
-            return Ok(loads.iter().map(|load| load.step_bytes).max().unwrap_or(0));
+            return Ok(());
         }
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
     Err(CliError::new(ExitCode::Software, "the fast image of the model was not made in time"))
 }
 
+/// Bytes that the last step read, when the worker has told of all tokens it generated.
+async fn step_bytes(local: &Local, n_generated: u64) -> u64 {
+    let deadline = Instant::now() + REPORT_DEADLINE;
+    loop {
+        let loads = local.loads().await;
+        let n_told: u64 = loads.iter().map(|load| load.decode_tokens).sum();
+        if n_told >= n_generated || Instant::now() > deadline {
+            return loads.iter().map(|load| load.step_bytes).max().unwrap_or(0);
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
 /// Prompt tokens a second.
 async fn prefill(local: &Local, setup: &Setup, tokens: &mut Tokens) -> Result<Vec<f64>, CliError> {
     // The first steps are short: how fast the machine is, the worker learns from them. And pages are touched first.
-    for _ in 0..2 {
+    for _ in 0..N_UNCOUNTED {
         follow(start(local, tokens.prompt(setup.prompt_tokens), 1).await?).await?;
     }
     let mut runs = Vec::new();

@@ -86,7 +86,7 @@ pub(crate) struct Report {
     head: String,
     /// Instruction set.
     isa: String,
-    /// Bytes of weights that a step reads.
+    /// Bytes of weights that a step reads which generates: with the first number of answers together.
     step_bytes: u64,
     /// Multiplications of a prompt token, in the layers.
     token_macs: u64,

@@ -18,7 +18,7 @@ fn write(report: &Report, out: &mut String) -> std::fmt::Result {
     writeln!(out, "{}, head {}, {}", report.model, report.head, report.isa)?;
     writeln!(
         out,
-        "a step reads {:.0} MB of weights; a token takes {:.2} G multiplications, and {:.2} G in the head if it is generated\n",
+        "a step that generates reads {:.0} MB of weights; a token takes {:.2} G multiplications, and {:.2} G in the head if it is generated\n",
         report.step_bytes as f64 / 1e6,
         report.token_macs as f64 / 1e9,
         report.head_macs as f64 / 1e9

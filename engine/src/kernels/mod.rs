@@ -12,6 +12,8 @@ pub mod float; // Norms, activations, RoPE, attention, dense products.
 pub mod head; // The fast output head.
 pub mod probe; // What the machine can do at best.
 pub mod ternary; // Ternary matrices times int8 activations.
+#[cfg(target_arch = "x86_64")]
+mod x86_avx512; // Sums across registers.
 
 /// An instruction set that kernels are written for, best last within an architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

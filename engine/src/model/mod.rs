@@ -118,6 +118,15 @@ impl Model {
         weight.view(self.gguf.mapping())
     }
 
+    /// All ternary matrices.
+    pub fn ternary_matrices(&self) -> impl Iterator<Item = TernaryMatrix<'_>> {
+        let weights = self.layers().iter().flat_map(|layer| {
+            let LayerWeights { attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, .. } = layer;
+            [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down]
+        });
+        weights.map(|weight| self.ternary(weight))
+    }
+
     /// How many parameters the tensors of the file hold.
     #[must_use]
     pub fn n_params(&self) -> u64 {

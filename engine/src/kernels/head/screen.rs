@@ -160,7 +160,7 @@ impl KernelSet {
             // SAFETY: `for_isa` saw AVX2 on this CPU.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::AvxVnni => unsafe { x86_avx2::sums(rows, x) },
-            // SAFETY: `for_isa` saw AVX-512 F, BW and VNNI on this CPU.
+            // SAFETY: `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => unsafe { x86_avx512::sums(rows, x) },
             // SAFETY: `for_isa` saw Advanced SIMD on this CPU.

@@ -3,19 +3,31 @@
 
 use std::arch::x86_64::*;
 
+use crate::kernels::x86_avx512::horizontal_sums;
+
 /// How far ahead codes are fetched into the L2 cache: rows follow each other without a gap.
 const PREFETCH_BYTES: usize = 10 << 10;
 
 /// As [`super::scalar::sums`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn sums<const R: usize, const T: usize>(rows: [&[u8]; R], x: [&[i8]; T]) -> [[i32; T]; R] {
+    const { assert!(R <= 4 && T <= 4, "sums across four registers at a time") };
     let rows = rows.map(|row| row.as_chunks::<64>().0);
     let n = rows.iter().map(|row| row.len()).min().unwrap_or(0);
     let rows = rows.map(|row| &row[..n]);
     let x = x.map(|x| &x.as_chunks::<256>().0[..n]);
     if let [x] = x[..] {
         // One after the other: a single stream of memory.
-        return rows.map(|row| [row_sum(row, x); T]);
+        let mut products = [_mm512_setzero_si512(); 4];
+        for r in 0..R {
+            products[r] = row_products(rows[r], x);
+        }
+        let four = across::<R>(products);
+        let mut sums = [[0; T]; R];
+        for r in 0..R {
+            sums[r].fill(four[r]);
+        }
+        return sums;
     }
     let mask = _mm512_set1_epi8(3);
     let mut acc = [[_mm512_setzero_si512(); T]; R];
@@ -23,8 +35,9 @@ pub(super) fn sums<const R: usize, const T: usize>(rows: [&[u8]; R], x: [&[i8]; 
         let mut places = [[_mm512_setzero_si512(); 4]; R];
         for r in 0..R {
             // The tiles of a thread follow each other, each too short for the hardware to find out.
-            _mm_prefetch::<_MM_HINT_T0>(rows[r].as_ptr().wrapping_add(R * n + i).cast());
-            let codes = load_codes(&rows[r][i]);
+            let line = &rows[r][i];
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+            let codes = load_codes(line);
             places[r] = [
                 _mm512_and_si512(codes, mask),
                 _mm512_and_si512(_mm512_srli_epi16::<2>(codes), mask),
@@ -44,18 +57,29 @@ pub(super) fn sums<const R: usize, const T: usize>(rows: [&[u8]; R], x: [&[i8]; 
     }
     let mut sums = [[0; T]; R];
     for r in 0..R {
+        let mut four = [_mm512_setzero_si512(); 4];
+        #[expect(clippy::manual_memcpy, reason = "a copy of slices would keep the sums in memory")]
         for t in 0..T {
-            sums[r][t] = _mm512_reduce_add_epi32(acc[r][t]);
+            four[t] = acc[r][t];
         }
+        sums[r].copy_from_slice(&across::<T>(four)[..T]);
     }
     sums
 }
 
-/// Codes are not shifted into place: each place has its own sum, and its power of four is divided out at the end.
+/// The sums of the lanes of the first `N` registers.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn row_sum(row: &[[u8; 64]], x: &[[i8; 256]]) -> i32 {
-    let masks = [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm512_set1_epi8(mask.cast_signed()));
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn across<const N: usize>([a, b, c, d]: [__m512i; 4]) -> [i32; 4] {
+    if N == 1 { [_mm512_reduce_add_epi32(a), 0, 0, 0] } else { horizontal_sums(a, b, c, d) }
+}
+
+/// Products of a row, to be summed across. Codes are not shifted into place: each place has its own sum, and its power of four is divided out at the end.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn row_products(row: &[[u8; 64]], x: &[[i8; 256]]) -> __m512i {
+    let masks =
+        [_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30), _mm512_set1_epi8(-0x40)];
     let mut acc = [_mm512_setzero_si512(); 4];
     for (codes, x) in row.iter().zip(x) {
         _mm_prefetch::<_MM_HINT_T1>(codes.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
@@ -68,18 +92,18 @@ fn row_sum(row: &[[u8; 64]], x: &[[i8; 256]]) -> i32 {
     }
     let low = _mm512_add_epi32(acc[0], _mm512_srai_epi32::<2>(acc[1]));
     let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(acc[2]), _mm512_srai_epi32::<6>(acc[3]));
-    _mm512_reduce_add_epi32(_mm512_add_epi32(low, high))
+    _mm512_add_epi32(low, high)
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn load_codes(v: &[u8; 64]) -> __m512i {
     // SAFETY: reads the 64 bytes of `v`.
     unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn load_inputs(v: &[i8; 64]) -> __m512i {
     // SAFETY: reads the 64 bytes of `v`.
     unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }

@@ -25,6 +25,7 @@ mod aarch64; // Advanced SIMD, with and without `sdot`.
 mod avx2; // AVX2 and AVX-VNNI.
 #[cfg(target_arch = "x86_64")]
 mod avx512; // AVX-512 VNNI.
+mod columns; // By columns, for one token with many zeros.
 mod five; // Five codes to a byte, for one token.
 mod output; // Where products go, and the last float steps.
 mod packed; // Rows of two-bit codes, as the fast paths read them.
@@ -35,6 +36,9 @@ mod scalar; // The definition of the product.
 #[cfg(test)]
 mod tests;
 
+pub use columns::ColumnMatrix;
+pub(crate) use columns::UNIT_COLS;
+use columns::{ColumnsJob, NON_ZERO};
 pub use five::FiveMatrix;
 use output::{Output, TokenScale, exact_f32};
 use packed::{PackedRows, RowsJob, repack};
@@ -169,6 +173,42 @@ impl KernelSet {
             });
         }
         self.ternary_matmul(pool, acts, &mut [gate, up]);
+    }
+
+    /// Multiplies one token, many of whose activations are zero, with the same weights by columns, where
+    /// [`Self::reads_five`]; otherwise as [`Self::ternary_matmul`].
+    ///
+    /// # Panics
+    /// As [`Self::ternary_matmul`], and if `columns` has another shape.
+    pub fn ternary_sparse(
+        self,
+        pool: &ThreadPool,
+        acts: &QuantizedRows,
+        job: MatmulJob<'_>,
+        columns: Option<ColumnMatrix<'_>>,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if let (1, true, Some(matrix)) = (acts.n_rows(), self.has_vbmi, columns) {
+            let shape = (job.matrix.n_rows(), job.matrix.n_cols());
+            assert_eq!((matrix.n_rows(), matrix.n_cols()), shape, "shape of {matrix:?}");
+            assert_eq!(matrix.n_cols(), acts.n_cols(), "columns of {matrix:?} and of {acts:?}");
+            assert_eq!(job.out.len(), matrix.n_rows(), "output of {matrix:?} times {acts:?}");
+            let (token, scale, out) = (TokenScale::of(acts, 0), job.matrix.scale(), &job.out);
+            return NON_ZERO.with_borrow_mut(|nonzero| {
+                nonzero.of(acts);
+                let job = ColumnsJob { matrix, nonzero, token, scale, out };
+                let n_lines = matrix.column_bytes() / columns::LINE_BYTES;
+                // Long pieces of columns where the threads can have equal shares of them.
+                let is_even = n_lines.is_multiple_of(pool.n_threads());
+                let chunk_lines =
+                    if is_even { avx512::columns::LINES_MAX.min(n_lines / pool.n_threads()) } else { 1 };
+                pool.for_each_chunk(n_lines, chunk_lines, &|_, lines| {
+                    // SAFETY: `has_vbmi` only if `for_isa` saw AVX-512 F, BW, VL, VNNI and VBMI on this CPU.
+                    unsafe { avx512::columns::matmul(&job, lines) };
+                });
+            });
+        }
+        self.ternary_matmul(pool, acts, &mut [job]);
     }
 
     /// Multiplies some rows of a matrix. Only one thread may have these rows.

@@ -78,8 +78,7 @@ impl<'a> Output<'a> {
     ) {
         // SAFETY: the caller's promise; the tile is dropped before this function returns.
         let out = unsafe { self.tile(token.token, rows) };
-        let value = |dot: i32| (exact_f32(dot) - token.sum) / token.scale * scale;
-        self.put(out, &dots.map(value));
+        self.put(out, &finished(*dots, token, scale));
     }
 
     /// Finishes the sums of one token for a tile of rows of a matrix with scales in its blocks.
@@ -95,7 +94,9 @@ impl<'a> Output<'a> {
     ) {
         // SAFETY: the caller's promise; the tile is dropped before this function returns.
         let out = unsafe { self.tile(token.token, rows) };
-        self.put(out, &sums.map(|sum| sum / token.scale));
+        let mut values = *sums;
+        values.iter_mut().for_each(|value| *value /= token.scale);
+        self.put(out, &values);
     }
 
     /// Stores as many of `values` as there are places.
@@ -109,6 +110,16 @@ impl<'a> Output<'a> {
             (Err(_), Store::Add) => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
         }
     }
+}
+
+/// What sums of one token and a matrix with one scale come to.
+#[inline(always)]
+pub(super) fn finished<const N: usize>(dots: [i32; N], token: TokenScale, scale: f32) -> [f32; N] {
+    let mut values = [0.0; N];
+    for (value, dot) in values.iter_mut().zip(dots) {
+        *value = (exact_f32(dot) - token.sum) / token.scale * scale;
+    }
+    values
 }
 
 /// What a token brings to the last float steps.

@@ -14,7 +14,7 @@ pub(super) const BLOCK_COLS: usize = 256;
 pub(super) const BLOCK_LINES: usize = BLOCK_COLS / size_of::<Line>();
 
 /// Columns whose order is kept.
-const GROUP_COLS: usize = 32;
+pub(super) const GROUP_COLS: usize = 32;
 
 /// More columns could overflow the kernels' sums: an unshifted code is at most `3 << 6`, a value at least -128.
 const COLS_MAX: usize = 1 << 20;
@@ -97,6 +97,11 @@ impl QuantizedRows {
         self.row(row).scale
     }
 
+    /// Columns that there is room for.
+    pub(super) fn n_cols_max(&self) -> usize {
+        self.n_cols_max
+    }
+
     /// The value at a column.
     ///
     /// # Panics
@@ -112,6 +117,14 @@ impl QuantizedRows {
     #[must_use]
     pub fn sum(&self, row: usize) -> i32 {
         self.row(row).sum
+    }
+
+    /// How many values of a row are zero.
+    #[must_use]
+    pub fn n_zeros(&self, row: usize) -> usize {
+        let n_nonzero: usize =
+            self.lines(row).iter().map(|line| line.0.iter().filter(|value| **value != 0).count()).sum();
+        self.n_cols - n_nonzero
     }
 
     /// Sums over every 256 columns of a row.

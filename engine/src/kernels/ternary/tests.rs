@@ -121,6 +121,7 @@ fn check(case: &Case) {
     }
     if case.format == TernaryFormat::I2S {
         check_five(case, &pool, matrix, &acts, (&before, &expected));
+        check_columns(case, &pool, matrix, &acts);
     }
 }
 
@@ -154,6 +155,33 @@ fn check_five(
     }
 }
 
+/// The same by columns: with the activations of the case, and with most of them zero.
+fn check_columns(case: &Case, pool: &ThreadPool, matrix: TernaryMatrix<'_>, acts: &QuantizedRows) {
+    let mut packed = vec![0xff; case.n_cols * ColumnMatrix::column_bytes_of(case.n_rows)];
+    for (unit, packed) in packed.chunks_mut(128 * ColumnMatrix::column_bytes_of(case.n_rows)).enumerate() {
+        assert!(ColumnMatrix::pack_unit(&matrix, unit, packed));
+    }
+    let columns = ColumnMatrix::new(&packed, case.n_rows, case.n_cols);
+    let mut random = Random(case.seed | 1);
+    for keep in [256, 80, 1, 0] {
+        let mut sparse = QuantizedRows::new(case.n_tokens, case.n_cols);
+        sparse.reset(case.n_tokens, case.n_cols);
+        for token in 0..case.n_tokens {
+            let mut value = |col| if u16::from(random.byte()) < keep { acts.value(token, col) } else { 0 };
+            let values: Vec<i8> = (0..case.n_cols).map(&mut value).collect();
+            sparse.set_row(token, &values, acts.scale(token));
+        }
+        let before = vec![0.25; case.n_rows * case.n_tokens];
+        let expected = expected(&matrix, &sparse, &before, case.store);
+        for kernels in KernelSet::all_present() {
+            let mut out = before.clone();
+            let job = MatmulJob::new(matrix, &mut out, case.store);
+            kernels.ternary_sparse(pool, &sparse, job, columns);
+            assert_same(&out, &expected, &format!("by columns, {keep} of 256, {} {case:?}", kernels.isa()));
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn every_isa_multiplies_by_the_book(case in case()) {
@@ -178,6 +206,22 @@ fn sums_of_wide_extreme_rows_do_not_overflow() {
                 seed: 3,
             });
         }
+    }
+}
+
+#[test]
+fn tall_matrices_with_one_token() {
+    for (n_rows, n_threads) in [(600, 1), (600, 3), (257, 1)] {
+        check(&Case {
+            format: TernaryFormat::I2S,
+            n_rows,
+            n_cols: 11 * 128,
+            n_tokens: 1,
+            n_threads,
+            is_extreme: false,
+            store: Store::Set,
+            seed: 5,
+        });
     }
 }
 

@@ -7,8 +7,10 @@ use std::ops::Range;
 
 use super::super::MatmulJob;
 use super::super::five::{FiveMatrix, GROUP_BYTES, GROUP_LINES};
+use super::super::output::finished;
 use super::super::quantized_rows::Line;
-use super::{PREFETCH_BYTES, QuantizedRows, TILE_ROWS, TokenScale, combined, horizontal_sums};
+use super::{PREFETCH_BYTES, QuantizedRows, TILE_ROWS, TokenScale, combined};
+use crate::kernels::x86_avx512::horizontal_sums;
 
 /// Two bits for each of the four digits of 0..81.
 const CODES: [u8; 128] = {
@@ -121,9 +123,11 @@ fn multiply_open(
         for (sum, row) in sums.iter_mut().zip(rows) {
             *sum = row_sums(five.row(*row), values, std::ptr::null());
         }
-        for (row, dot) in rows.iter().zip(four_dots(sums)) {
+        let values = finished(four_dots(sums), token, job.matrix.scale());
+        for (row, value) in rows.iter().zip(values) {
             // SAFETY: the caller of the caller promises that this thread alone has these rows.
-            unsafe { job.out.finish_dots(*row..row + 1, &[dot], token, job.matrix.scale()) };
+            let out = unsafe { job.out.tile(0, *row..row + 1) };
+            out[0] = value;
         }
     }
 }
@@ -146,13 +150,8 @@ fn tile_dots(five: FiveMatrix<'_>, tile: Range<usize>, values: &Values<'_>) -> [
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
 fn four_dots([a, b, c, d]: [[__m512i; 2]; 4]) -> [i32; 4] {
-    let four = horizontal_sums(a[0], b[0], c[0], d[0]);
-    let last = horizontal_sums(a[1], b[1], c[1], d[1]);
-    let (mut dots, mut last_dots) = ([0; 4], [0_i32; 4]);
-    // SAFETY: 4 elements of 4 bytes.
-    unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), four) };
-    // SAFETY: as above.
-    unsafe { _mm_storeu_si128(last_dots.as_mut_ptr().cast(), last) };
+    let mut dots = horizontal_sums(a[0], b[0], c[0], d[0]);
+    let last_dots = horizontal_sums(a[1], b[1], c[1], d[1]);
     for (dot, last) in dots.iter_mut().zip(last_dots) {
         *dot += last / 81;
     }

@@ -16,7 +16,9 @@ use std::ops::Range;
 use super::packed::{PackedRows, RowsJob};
 use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
 use super::{QuantizedRows, Store, TILE_ROWS, TokenScale};
+use crate::kernels::x86_avx512::horizontal_sums;
 
+pub(super) mod columns; // One token, the columns that are not zero.
 pub(super) mod five; // One token, five codes to a byte.
 mod panel; // Many tokens: 32 rows unpacked and transposed.
 
@@ -45,9 +47,7 @@ fn gemv<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
     for tile in (0..job.rows.n_rows()).step_by(TILE_ROWS) {
         let mut dots = [0; TILE_ROWS];
         for (quad, dots) in dots.chunks_exact_mut(4).enumerate() {
-            let sums = gemv_quad::<REVERSED>(job.rows, tile + 4 * quad, values);
-            // SAFETY: `dots` has 4 elements.
-            unsafe { _mm_storeu_si128(dots.as_mut_ptr().cast(), sums) };
+            dots.copy_from_slice(&gemv_quad::<REVERSED>(job.rows, tile + 4 * quad, values));
         }
         // SAFETY: the caller promises that this thread alone has these rows.
         unsafe { job.finish_dots(tile, &dots, token) };
@@ -56,7 +56,7 @@ fn gemv<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
 
 /// Sums of four rows, from `first`, times one token.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn gemv_quad<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, values: &[Line]) -> __m128i {
+fn gemv_quad<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, values: &[Line]) -> [i32; 4] {
     assert!(values.len() >= rows.n_blocks() * BLOCK_LINES, "{} lines", values.len());
     let starts = rows.starts::<4>(first);
     let masks = masks();
@@ -89,8 +89,8 @@ fn gemv_quad<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, values: &
             }
         }
     }
-    let [a, b, c, d] = sums.map(|sums| combined(sums));
-    horizontal_sums(a, b, c, d)
+    let [a, b, c, d] = sums;
+    horizontal_sums(combined(a), combined(b), combined(c), combined(d))
 }
 
 /// One token, a scale in every block of 256 columns.
@@ -113,7 +113,7 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
             let values = unsafe { lines_of_block(values, block) };
             // Rows are 66 bytes apart for each block: the last lines of a tile are left to the CPU.
             upcoming.prefetch(TILE_ROWS);
-            let mut quads = [_mm_setzero_si128(); TILE_ROWS / 4];
+            let mut quads = [[0; 4]; TILE_ROWS / 4];
             for (starts, quad) in starts.chunks_exact(4).zip(&mut quads) {
                 let mut rows_sums = [_mm512_setzero_si512(); 4];
                 for (start, row_sum) in starts.iter().zip(&mut rows_sums) {
@@ -127,10 +127,8 @@ fn gemv_blocks<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows) {
                 let [a, b, c, d] = rows_sums;
                 *quad = horizontal_sums(a, b, c, d);
             }
-            let [a, b, c, d] = quads;
-            let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
-            let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(c), d);
-            let dots = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            // SAFETY: 16 elements of 4 bytes.
+            let dots = unsafe { _mm512_loadu_si512(quads.as_ptr().cast()) };
             // SAFETY: the rows have `n_full` blocks, each with a scale, as `has_block_scales` says.
             let scales = unsafe { job.block_scales(&starts, block) };
             acc = add_block(acc, dots, _mm512_set1_epi32(block_sum), f32_of(&scales));
@@ -192,10 +190,7 @@ fn add_horizontal_sums<const R: usize, const N: usize>(
         let mut registers = [_mm512_setzero_si512(); 4];
         registers[..four.len()].copy_from_slice(four);
         let [a, b, c, d] = registers;
-        let mut four = [0; 4];
-        let sums = horizontal_sums(a, b, c, d);
-        // SAFETY: 4 elements of 4 bytes.
-        unsafe { _mm_storeu_si128(four.as_mut_ptr().cast(), sums) };
+        let four = horizontal_sums(a, b, c, d);
         for (dots, sums) in tokens.iter_mut().zip(four.chunks_exact(R)) {
             dots[first..first + R].iter_mut().zip(sums).for_each(|(dot, sum)| *dot += sum);
         }
@@ -297,7 +292,8 @@ fn codes_at(packed: __m512i, place: usize) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn masks() -> [__m512i; BLOCK_LINES] {
-    [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm512_set1_epi8(mask.cast_signed()))
+    // Written out: a closure that is not inlined costs more than all it does, here and in the loops that use it.
+    [_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30), _mm512_set1_epi8(-0x40)]
 }
 
 /// Divides the powers of 4 out of the sums of unshifted codes (each is a multiple) and adds them up.
@@ -307,17 +303,6 @@ fn combined(sums: [__m512i; BLOCK_LINES]) -> __m512i {
     let low = _mm512_add_epi32(sums[0], _mm512_srai_epi32::<2>(sums[1]));
     let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(sums[2]), _mm512_srai_epi32::<6>(sums[3]));
     _mm512_add_epi32(low, high)
-}
-
-/// The sum of the 16 lanes of each register.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn horizontal_sums(a: __m512i, b: __m512i, c: __m512i, d: __m512i) -> __m128i {
-    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    let abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    let half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64::<1>(abcd));
-    _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half))
 }
 
 /// [`RowsJob::finish_dots`] for dots that are in a register: the same operations on sixteen rows at once.

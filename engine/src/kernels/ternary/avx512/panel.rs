@@ -223,20 +223,21 @@ fn unpack<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, tile: usize,
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
     // Of four rows each: for each place in a 128-bit lane, the four rows' values.
-    let quads: [[__m512i; 4]; 4] = std::array::from_fn(|quad| {
-        let [a, b, c, d] = std::array::from_fn(|i| rows[4 * quad + i]);
+    let mut quads = [[_mm512_setzero_si512(); 4]; 4];
+    for (quad, out) in quads.iter_mut().enumerate() {
+        let [a, b, c, d] = [rows[4 * quad], rows[4 * quad + 1], rows[4 * quad + 2], rows[4 * quad + 3]];
         let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
         let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-        [
+        *out = [
             _mm512_unpacklo_epi64(ab_low, cd_low),
             _mm512_unpackhi_epi64(ab_low, cd_low),
             _mm512_unpacklo_epi64(ab_high, cd_high),
             _mm512_unpackhi_epi64(ab_high, cd_high),
-        ]
-    });
+        ];
+    }
     let mut out = rows;
     for place in 0..4 {
-        let [a, b, c, d] = quads.map(|quad| quad[place]);
+        let [a, b, c, d] = [quads[0][place], quads[1][place], quads[2][place], quads[3][place]];
         let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
         let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
         out[place] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
