@@ -88,9 +88,11 @@ impl DenseRows<'_> {
     fn of<L: Lanes, F: RowReader>(&self, lanes: L) {
         let n = self.x.len() / self.w.n_cols();
         let mut row = self.rows.start;
-        // One token is bound by reading, and memory reads one sequence of lines faster than four: unless unpacking
-        // takes longer.
-        while n == 1 && F::IS_PACKED && row + 4 <= self.rows.end {
+        while n == 1 && L::IS_WIDE && F::ROWS_ALONE >= 8 && row + 8 <= self.rows.end {
+            self.tile::<L, F, 8, 1>(lanes, row, 0);
+            row += 8;
+        }
+        while n == 1 && F::ROWS_ALONE >= 4 && row + 4 <= self.rows.end {
             self.tile::<L, F, 4, 1>(lanes, row, 0);
             row += 4;
         }

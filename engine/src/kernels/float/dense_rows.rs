@@ -14,9 +14,9 @@ pub(super) trait RowReader {
     /// Pairs in a cache line, about.
     const LINE_PAIRS: usize = 1;
 
-    /// Whether several rows should be worked on together when there is only one input, so that one's unpacking hides
-    /// another's chain of additions.
-    const IS_PACKED: bool = false;
+    /// Rows that are worked on together when there is only one input: memory reads one sequence of lines faster than
+    /// several, but one row's unpacking hides another's chain of additions. 1, 4, or 8 where registers allow.
+    const ROWS_ALONE: usize = 1;
 
     fn block<L: Lanes>(lanes: L, row: &[u8], block: usize) -> Self::Block;
 
@@ -89,6 +89,8 @@ fn halves(v: &[u8; 64]) -> [&[u8; 32]; 2] {
 impl RowReader for Q8_0 {
     type Block = ();
 
+    const ROWS_ALONE: usize = 8;
+
     #[inline(always)]
     fn block<L: Lanes>(_lanes: L, _row: &[u8], _block: usize) {}
 
@@ -103,6 +105,8 @@ impl RowReader for Q8_0 {
 
 impl RowReader for Q4_0 {
     type Block = ();
+
+    const ROWS_ALONE: usize = 8;
 
     const LINE_PAIRS: usize = 3;
 
@@ -127,7 +131,7 @@ pub(super) struct Q6KBlock {
 impl RowReader for Q6K {
     type Block = Q6KBlock;
 
-    const IS_PACKED: bool = true;
+    const ROWS_ALONE: usize = 4;
 
     const BLOCK_PAIRS: usize = 8;
 
