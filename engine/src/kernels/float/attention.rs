@@ -420,8 +420,8 @@ fn mix_page<L: Lanes, V: ValueReader, const Q: usize>(
     if rest < head_dim {
         for (out, e) in out.into_iter().zip(e) {
             let mut acc = lanes.load(&padded(&out[rest..], 0.0));
-            for (t, e) in e.iter().enumerate() {
-                acc = lanes.fma(lanes.splat(*e), values.row(first + t).rest(lanes, n_vectors), acc);
+            for (e, row) in e.iter().zip(values.rows(first..first + e.len())) {
+                acc = lanes.fma(lanes.splat(*e), row.rest(lanes, n_vectors), acc);
             }
             let mut last = [0.0; 16];
             lanes.store(acc, &mut last);
@@ -440,22 +440,20 @@ fn mix_vectors<L: Lanes, V: ValueReader, const Q: usize, const B: usize>(
     out: &mut [&mut [f32]; Q],
     j: usize,
 ) {
-    let n_positions = e[0].len();
-    let e = e.map(|e| &e[..n_positions]);
     let mut acc = [[lanes.splat(0.0); B]; Q];
     for i in 0..Q {
         for (b, acc) in acc[i].iter_mut().enumerate() {
             *acc = lanes.load(&out[i].as_chunks().0[j + b]);
         }
     }
-    for t in 0..n_positions {
+    for (t, row) in values.rows(first..first + e[0].len()).enumerate() {
         let mut weights = [lanes.splat(0.0); Q];
         for i in 0..Q {
             weights[i] = lanes.splat(e[i][t]);
         }
-        let row = values.row(first + t);
+        let row = row.part(j, B);
         for b in 0..B {
-            let v = row.vector(lanes, j + b);
+            let v = row.vector(lanes, b);
             for i in 0..Q {
                 acc[i][b] = lanes.fma(weights[i], v, acc[i][b]);
             }

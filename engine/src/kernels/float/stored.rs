@@ -3,6 +3,8 @@
 //! Readers give the exact values, sixteen at a time; what attention does with them is the same for every type. The
 //! product of a signed byte and an f16 is exact in f32, so there is nothing that paths could round differently.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::attention::KV_PAGE_TOKENS;
@@ -69,12 +71,15 @@ pub(super) trait KeyReader: Copy {
 /// Values of one head in one page.
 pub(super) trait ValueReader: Copy {
     type Row: ValueRow;
-    /// Of the position `t` of the page.
-    fn row(self, t: usize) -> Self::Row;
+
+    /// Of some positions of the page, in order.
+    fn rows(self, positions: Range<usize>) -> impl Iterator<Item = Self::Row>;
 }
 
 /// The value of one position.
 pub(super) trait ValueRow: Copy {
+    /// `n` vectors from the `j`-th, where `j` is even or `n` is 1.
+    fn part(self, j: usize, n: usize) -> Self;
     /// Elements 16 `j`..16 `j` + 16.
     fn vector<L: Lanes>(self, lanes: L, j: usize) -> L::V;
     /// Those from 16 `j`, which are fewer, and zeros.
@@ -129,12 +134,17 @@ impl<'a> ValueReader for F16Values<'a> {
     type Row = &'a [f16];
 
     #[inline(always)]
-    fn row(self, t: usize) -> &'a [f16] {
-        &self.values[t * self.head_dim..][..self.head_dim]
+    fn rows(self, Range { start, end }: Range<usize>) -> impl Iterator<Item = &'a [f16]> {
+        self.values[start * self.head_dim..end * self.head_dim].chunks_exact(self.head_dim)
     }
 }
 
 impl ValueRow for &[f16] {
+    #[inline(always)]
+    fn part(self, j: usize, n: usize) -> Self {
+        &self[16 * j..][..16 * n]
+    }
+
     #[inline(always)]
     fn vector<L: Lanes>(self, lanes: L, j: usize) -> L::V {
         lanes.load_f16(&self.as_chunks().0[j])
@@ -215,11 +225,10 @@ impl<'a> ValueReader for Q8Values<'a> {
     type Row = Q8Row<'a>;
 
     #[inline(always)]
-    fn row(self, t: usize) -> Q8Row<'a> {
-        Q8Row {
-            codes: &self.codes[t * self.head_dim..][..self.head_dim],
-            scales: &self.scales[t * self.n_blocks..][..self.n_blocks],
-        }
+    fn rows(self, Range { start, end }: Range<usize>) -> impl Iterator<Item = Q8Row<'a>> {
+        let codes = self.codes[start * self.head_dim..end * self.head_dim].chunks_exact(self.head_dim);
+        let scales = self.scales[start * self.n_blocks..end * self.n_blocks].chunks_exact(self.n_blocks);
+        codes.zip(scales).map(|(codes, scales)| Q8Row { codes, scales })
     }
 }
 
@@ -231,6 +240,11 @@ impl Q8Row<'_> {
 }
 
 impl ValueRow for Q8Row<'_> {
+    #[inline(always)]
+    fn part(self, j: usize, n: usize) -> Self {
+        Self { codes: &self.codes[16 * j..][..16 * n], scales: &self.scales[16 * j / KV_BLOCK_LEN..] }
+    }
+
     #[inline(always)]
     fn vector<L: Lanes>(self, lanes: L, j: usize) -> L::V {
         lanes.mul(lanes.load_i8_half(&self.codes.as_chunks().0[j]), self.scale(lanes, j))
