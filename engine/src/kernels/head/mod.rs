@@ -116,8 +116,7 @@ impl KernelSet {
         };
         for (i, (seeds, floor)) in seeds.iter_mut().zip(&mut *floors).take(n).enumerate() {
             let settle = of(i);
-            // SAFETY: the threads are done, and there is no other reference.
-            unsafe { settle.choose_seeds(order, seeds) };
+            settle.choose_seeds(order, seeds);
             pool.for_each_chunk(seeds.len(), 8, &|_, items| {
                 // SAFETY: each seed comes up once, and nobody else has the logits.
                 unsafe { self.dense_gather(exact, &seeds[items], settle.x, (logits, settle.offset)) };

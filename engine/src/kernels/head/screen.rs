@@ -15,7 +15,7 @@ use std::ops::Range;
 #[cfg(target_arch = "aarch64")]
 use super::aarch64;
 use super::round::rotate;
-use super::{TOKENS_MAX, scalar};
+use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{x86_avx2, x86_avx512};
 use crate::head::{FastHead, Wanted, padded_len};
@@ -44,6 +44,7 @@ pub(super) struct Screen {
     inputs: Vec<Input>,
     codes: Vec<i8>,    // (n, padded_len)
     rotated: Vec<f32>, // (padded_len)
+    sums: Vec<i32>,    // (n, n_vocab): of the first half
     maxima: Vec<f32>,  // (n, n_blocks): of approximate scores
 }
 
@@ -65,6 +66,7 @@ pub(super) struct Input {
 pub(super) struct Screened<'a> {
     pub(super) input: Input,
     pub(super) codes: &'a [i8],
+    pub(super) sums: &'a [i32],
     pub(super) maxima: &'a [f32],
 }
 
@@ -93,12 +95,12 @@ impl Input {
 }
 
 impl Screen {
-    /// For up to `n_rows_max` inputs, at most [`TOKENS_MAX`].
     pub(super) fn new(n_rows_max: usize, n_vocab: usize, n_cols: usize) -> Self {
         Self {
             inputs: Vec::with_capacity(n_rows_max),
             codes: vec![0; n_rows_max * padded_len(n_cols)],
             rotated: vec![0.0; padded_len(n_cols)],
+            sums: vec![0; n_rows_max * n_vocab],
             maxima: vec![0.0; n_rows_max * n_vocab.div_ceil(BLOCK_ROWS)],
         }
     }
@@ -109,6 +111,7 @@ impl Screen {
         Screened {
             input: self.inputs[i],
             codes: &self.codes[i * padded_len..][..padded_len],
+            sums: &self.sums[i * n_vocab..][..n_vocab],
             maxima: &self.maxima[i * n_blocks..][..n_blocks],
         }
     }
@@ -127,8 +130,7 @@ impl KernelSet {
     ) {
         let (n_vocab, n_cols) = (fast.n_rows(), fast.n_cols());
         let (n, n_blocks, padded_len) = (wanted.len(), n_vocab.div_ceil(BLOCK_ROWS), padded_len(n_cols));
-        assert!(n <= TOKENS_MAX, "a screen of {n} inputs");
-        let Screen { inputs, codes, rotated, maxima } = screen;
+        let Screen { inputs, codes, rotated, sums, maxima } = screen;
         inputs.clear();
         for (x, codes) in x.chunks_exact(n_cols).zip(codes.chunks_exact_mut(padded_len)) {
             rotated[..n_cols].copy_from_slice(x);
@@ -140,6 +142,7 @@ impl KernelSet {
             inputs,
             wanted,
             codes: &codes[..n * padded_len],
+            sums: &SharedOut::new(&mut sums[..n * n_vocab]),
             maxima: &SharedOut::new(&mut maxima[..n * n_blocks]),
             bounds: &SharedOut::new(bounds),
             row_bytes: padded_len / 4,
@@ -210,6 +213,7 @@ struct ScreenRows<'a> {
     inputs: &'a [Input],
     wanted: &'a [Wanted<'a>],
     codes: &'a [i8], // (n, padded_len)
+    sums: &'a SharedOut<'a, i32>,
     maxima: &'a SharedOut<'a, f32>,
     bounds: &'a SharedOut<'a, f32>,
     row_bytes: usize,
@@ -219,18 +223,20 @@ impl ScreenRows<'_> {
     fn run(&self, kernels: KernelSet, block: usize) {
         let n_vocab = self.fast.n_rows();
         let rows = block * BLOCK_ROWS..n_vocab.min((block + 1) * BLOCK_ROWS);
-        let mut sums = [[0; BLOCK_ROWS]; TOKENS_MAX];
-        let mut row = 0;
-        while row + 4 <= rows.len() {
-            self.tiles::<4>(kernels, (rows.start, row), &mut sums);
+        let mut row = rows.start;
+        while row + 4 <= rows.end {
+            self.tiles::<4>(kernels, row);
             row += 4;
         }
-        for row in row..rows.len() {
-            self.tiles::<1>(kernels, (rows.start, row), &mut sums);
+        for row in row..rows.end {
+            self.tiles::<1>(kernels, row);
         }
-        for (i, ((input, wanted), sums)) in self.inputs.iter().zip(self.wanted).zip(&sums).enumerate() {
-            // SAFETY: the rows of a block belong to one task.
-            let bounds = unsafe { self.bounds.part(i * n_vocab + rows.start, rows.len()) };
+        for (i, (input, wanted)) in self.inputs.iter().zip(self.wanted).enumerate() {
+            let at = i * n_vocab + rows.start;
+            // SAFETY: the rows of a block belong to one task; the tiles above have given theirs back.
+            let sums = unsafe { self.sums.part(at, rows.len()) };
+            // SAFETY: as above.
+            let bounds = unsafe { self.bounds.part(at, rows.len()) };
             if !input.is_finite {
                 bounds.fill(f32::INFINITY);
             }
@@ -242,31 +248,29 @@ impl ScreenRows<'_> {
         }
     }
 
-    /// `R` rows of the block that begins at `first`, from its row `row`, times every input.
-    fn tiles<const R: usize>(&self, kernels: KernelSet, (first, row): (usize, usize), sums: &mut BlockSums) {
+    /// `R` rows times every input.
+    fn tiles<const R: usize>(&self, kernels: KernelSet, row: usize) {
         let codes = self.fast.half(0);
         let rows: [&[u8]; R] =
-            std::array::from_fn(|r| &codes[(first + row + r) * self.row_bytes..][..self.row_bytes]);
+            std::array::from_fn(|r| &codes[(row + r) * self.row_bytes..][..self.row_bytes]);
         let x = |token: usize| &self.codes[token * self.row_bytes * 4..][..self.row_bytes * 4];
         let mut token = 0;
         while token + 4 <= self.inputs.len() {
             let x = std::array::from_fn::<_, 4, _>(|t| x(token + t));
-            put(&mut sums[token..], row, &kernels.head_sums(rows, x));
+            self.put(row, token, &kernels.head_sums(rows, x));
             token += 4;
         }
         for token in token..self.inputs.len() {
-            put(&mut sums[token..], row, &kernels.head_sums(rows, [x(token)]));
+            self.put(row, token, &kernels.head_sums(rows, [x(token)]));
         }
     }
-}
 
-/// Of the first half, for each input and row of a block. Those of all rows would be as much memory as the logits;
-/// the few that are asked for again are computed again.
-type BlockSums = [[i32; BLOCK_ROWS]; TOKENS_MAX];
-
-fn put<const R: usize, const T: usize>(out: &mut [[i32; BLOCK_ROWS]], row: usize, sums: &[[i32; T]; R]) {
-    for (t, out) in out.iter_mut().take(T).enumerate() {
-        out[row..row + R].iter_mut().zip(sums).for_each(|(out, sums)| *out = sums[t]);
+    fn put<const R: usize, const T: usize>(&self, row: usize, token: usize, sums: &[[i32; T]; R]) {
+        for t in 0..T {
+            // SAFETY: the rows of a block belong to one task, and this is its only use of them now.
+            let out = unsafe { self.sums.part((token + t) * self.fast.n_rows() + row, R) };
+            out.iter_mut().zip(sums).for_each(|(out, sums)| *out = sums[t]);
+        }
     }
 }
 

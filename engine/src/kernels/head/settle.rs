@@ -28,12 +28,8 @@ pub(super) struct Settle<'a> {
 }
 
 impl Settle<'_> {
-    /// Rows that are likely the best: that with the highest bound of each of the best blocks. None if every row is to be
-    /// computed.
-    ///
-    /// # Safety
-    /// Nobody else uses the bounds of this input meanwhile.
-    pub(super) unsafe fn choose_seeds(&self, order: &mut Vec<u32>, seeds: &mut Vec<u32>) {
+    /// Rows that are likely the best: the best of each of the best blocks. None if every row is to be computed.
+    pub(super) fn choose_seeds(&self, order: &mut Vec<u32>, seeds: &mut Vec<u32>) {
         seeds.clear();
         let maxima = self.screened.maxima;
         let n_seeds = self.wanted.n_best + N_SEEDS_MORE;
@@ -49,14 +45,17 @@ impl Settle<'_> {
             });
             order.truncate(n_seeds);
         }
-        // SAFETY: the caller's promise.
-        let bounds = unsafe { self.logits.part(self.offset, self.fast.n_rows()) };
         for block in &*order {
             let first = *block as usize * BLOCK_ROWS;
-            let rows = bounds[first..].iter().take(BLOCK_ROWS).zip(*block * BLOCK_ROWS as u32..);
+            let rows = first..self.fast.n_rows().min(first + BLOCK_ROWS);
+            let score = |row: usize| {
+                let approximate =
+                    self.screened.input.approximate(self.fast, row, self.screened.sums[row], None);
+                self.wanted.score(row as u32, approximate[0])
+            };
             // The first of equal ones.
-            let best = rows.reduce(|a, b| if b.0 > a.0 { b } else { a });
-            seeds.extend(best.map(|(_, row)| row));
+            let best = rows.map(|row| (score(row), row)).reduce(|a, b| if b.0 > a.0 { b } else { a });
+            seeds.extend(best.map(|(_, row)| row as u32));
         }
     }
 
@@ -105,10 +104,8 @@ impl Settle<'_> {
                 list.extend(open.map(|(_, row)| row as u32));
             }
         }
-        let codes = |half: usize, row: usize| &self.fast.half(half)[row * row_bytes..][..row_bytes];
         for row in &*list {
-            kernels.prefetch(codes(0, *row as usize));
-            kernels.prefetch(codes(1, *row as usize));
+            kernels.prefetch(&self.fast.half(1)[*row as usize * row_bytes..][..row_bytes]);
         }
         list.retain(|row| {
             let row = *row as usize;
@@ -117,7 +114,9 @@ impl Settle<'_> {
             if !bound.is_finite() {
                 return true;
             }
-            let [[sum], [second]] = kernels.head_sums([codes(0, row), codes(1, row)], [self.screened.codes]);
+            let codes = &self.fast.half(1)[row * row_bytes..][..row_bytes];
+            let [[second]] = kernels.head_sums([codes], [self.screened.codes]);
+            let sum = self.screened.sums[row];
             let [logit, deviation] = self.screened.input.approximate(self.fast, row, sum, Some(second));
             may_reach(self.wanted.score(row as u32, logit + N_DEVIATIONS * deviation), floor)
         });

@@ -20,7 +20,9 @@ pub(super) fn sums<const R: usize, const T: usize>(rows: [&[u8]; R], x: [&[i8]; 
         // One after the other: a single stream of memory.
         let mut products = [_mm512_setzero_si512(); 4];
         for r in 0..R {
-            products[r] = row_products(rows[r], x);
+            // Four rows are some of a sequence, fewer were picked out.
+            products[r] =
+                if R == 4 { row_products::<true>(rows[r], x) } else { row_products::<false>(rows[r], x) };
         }
         let four = across::<R>(products);
         let mut sums = [[0; T]; R];
@@ -77,12 +79,14 @@ fn across<const N: usize>([a, b, c, d]: [__m512i; 4]) -> [i32; 4] {
 /// Products of a row, to be summed across. Codes are not shifted into place: each place has its own sum, and its power of four is divided out at the end.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn row_products(row: &[[u8; 64]], x: &[[i8; 256]]) -> __m512i {
+fn row_products<const FETCHES: bool>(row: &[[u8; 64]], x: &[[i8; 256]]) -> __m512i {
     let masks =
         [_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30), _mm512_set1_epi8(-0x40)];
     let mut acc = [_mm512_setzero_si512(); 4];
     for (codes, x) in row.iter().zip(x) {
-        _mm_prefetch::<_MM_HINT_T1>(codes.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+        if FETCHES {
+            _mm_prefetch::<_MM_HINT_T1>(codes.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+        }
         let codes = load_codes(codes);
         let inputs = x.as_chunks::<64>().0;
         for place in 0..4 {
