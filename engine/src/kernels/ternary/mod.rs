@@ -32,19 +32,22 @@ mod packed; // Rows of two-bit codes, as the fast paths read them.
 mod quantize; // Activations to int8.
 mod quantized_rows; // How they lie in memory.
 mod scalar; // The definition of the product.
+#[cfg(target_arch = "x86_64")]
+mod sparse; // What is left of one token without its zeros.
 
 #[cfg(test)]
 mod tests;
 
 pub use columns::ColumnMatrix;
 pub(crate) use columns::UNIT_COLS;
-use columns::{ColumnsJob, NON_ZERO};
 pub use five::FiveMatrix;
 use output::{Output, TokenScale, exact_f32};
 use packed::{PackedRows, RowsJob, repack};
 pub use quantize::Norm;
 pub use quantized_rows::QuantizedRows;
 use quantized_rows::{BLOCK_LINES, Line};
+#[cfg(target_arch = "x86_64")]
+use sparse::{ColumnsJob, NON_ZERO};
 
 /// What happens to what is already in the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,6 +188,10 @@ impl KernelSet {
         pool: &ThreadPool,
         acts: &QuantizedRows,
         job: MatmulJob<'_>,
+        #[cfg_attr(
+            not(target_arch = "x86_64"),
+            expect(unused_variables, reason = "no other instruction set has this product")
+        )]
         columns: Option<ColumnMatrix<'_>>,
     ) {
         #[cfg(target_arch = "x86_64")]

@@ -98,6 +98,10 @@ impl QuantizedRows {
     }
 
     /// Columns that there is room for.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "no other instruction set has the product that asks")
+    )]
     pub(super) fn n_cols_max(&self) -> usize {
         self.n_cols_max
     }

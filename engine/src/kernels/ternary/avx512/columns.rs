@@ -6,7 +6,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::columns::{ColumnsJob, LINE_BYTES, LINE_ROWS};
+use super::super::columns::{LINE_BYTES, LINE_ROWS};
+use super::super::sparse::ColumnsJob;
 use super::masks;
 
 /// Registers of sums of a line: 16 rows each.
