@@ -14,7 +14,7 @@
 
 use std::cell::Cell;
 
-use bitnetd_engine::kernels::ternary::{FiveMatrix, MatmulJob, QuantizedRows, Store};
+use bitnetd_engine::kernels::ternary::{LookupMatrix, MatmulJob, QuantizedRows, Store};
 use bitnetd_engine::kernels::{Isa, KernelSet, probe};
 use bitnetd_engine::pool::{PoolOptions, ThreadPool, Wait};
 use bitnetd_engine::ternary::{TernaryFormat, TernaryMatrix, i2_s_trailer};
@@ -49,11 +49,11 @@ fn i2_s_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, shape: (usize, 
     matmul(bencher, TernaryFormat::I2S, shape, 1, N_THREADS);
 }
 
-/// The same products from five codes to a byte.
+/// The same products by tables.
 #[divan::bench(args = SHAPES, consts = THREADS)]
-fn five_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, (n_rows, n_cols): (usize, usize)) {
+fn lookup_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, (n_rows, n_cols): (usize, usize)) {
     let (kernels, pool) = (KernelSet::detect(), pool(N_THREADS));
-    let n_bytes = n_rows * FiveMatrix::row_bytes_of(n_cols);
+    let n_bytes = LookupMatrix::bytes_of(n_rows, n_cols);
     let weights = vec![0x24; WEIGHTS_BYTES / n_bytes * n_bytes];
     let mut next = weights.chunks_exact(n_bytes).cycle();
     let mut file = vec![0x24; TernaryFormat::I2S.n_bytes(n_rows, n_cols).unwrap()];
@@ -65,8 +65,8 @@ fn five_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, (n_rows, n_cols
     acts.set_row(0, &vec![3; n_cols], 1.0);
     let mut out = vec![0.0; n_rows];
     bencher.counter(BytesCount::new(n_bytes)).counter(ItemsCount::new(n_rows * n_cols)).bench_local(|| {
-        let five = FiveMatrix::new(next.next().unwrap(), n_rows, n_cols);
-        let job = MatmulJob::new(matrix, &mut out, Store::Set).with_five(five);
+        let lookup = LookupMatrix::new(next.next().unwrap(), n_rows, n_cols);
+        let job = MatmulJob::new(matrix, &mut out, Store::Set).with_lookup(lookup);
         kernels.ternary_matmul(&pool, &acts, &mut [job]);
     });
 }

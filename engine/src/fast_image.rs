@@ -1,8 +1,9 @@
 //! What decoding reads instead of the file: fewer bytes for the same tokens, made once and shared by all workers.
 //!
-//! Two parts, each optional: every `I2_S` matrix with five codes to a byte ([`FiveMatrix`]) or, where most of its
-//! inputs are zero, by columns ([`ColumnMatrix`]); and the screen of the output head ([`FastHead`]). Products with them are those of the file to the bit, and so are chosen tokens; an image can be
-//! taken up at any moment, also in the middle of an answer. Prompts are still computed from the file.
+//! Two parts, each optional: every `I2_S` matrix as indices of tables ([`LookupMatrix`]), those with many zeros among their
+//! inputs by columns as well ([`ColumnMatrix`]); and the screen of the output head ([`FastHead`]). Products with them are those of
+//! the file to the bit, and so are chosen tokens; an image can be taken up at any moment, also in the middle of an answer. Prompts
+//! are still computed from the file.
 //!
 //! Layout: a 64-byte header (magic, parts, fingerprint of the model, length, zeros), then the matrices layer by layer,
 //! then the screen; each part starts at a multiple of 64 bytes. Where they lie follows from the model alone. The
@@ -15,20 +16,23 @@ use std::time::{Duration, Instant};
 use crate::head::{FastHead, FastHeadError, HeadLayout};
 use crate::kernels::KernelSet;
 use crate::kernels::float::Activation;
-use crate::kernels::ternary::{ColumnMatrix, FiveMatrix, UNIT_COLS};
+use crate::kernels::ternary::{ColumnMatrix, LookupMatrix, STRIP_BYTES, UNIT_COLS};
 use crate::mapping::{HUGE_PAGE_BYTES, Mapping, MappingMut};
 use crate::model::{Model, TernaryWeight};
 use crate::pool::ThreadPool;
 use crate::ternary::TernaryFormat;
 
-const MAGIC: [u8; 8] = *b"bndfast2";
+const MAGIC: [u8; 8] = *b"bndfast3";
 const HEADER_BYTES: usize = 64;
 
 /// Memory that is asked for as huge pages at once: the system takes its time for every request, and others wait.
 const COLLAPSE_BYTES: usize = 32 * HUGE_PAGE_BYTES;
 
-/// Rows made between two looks at the clock.
+/// Rows of the screen made between two looks at the clock.
 const STEP_ROWS: usize = 256;
+
+/// Strips of a matrix made between two looks at the clock.
+const STEP_STRIPS: usize = 512;
 
 /// Models whose weights fit a large cache gain nothing.
 const MODEL_BYTES_MIN: usize = 64 << 20;
@@ -37,7 +41,7 @@ const MODEL_BYTES_MIN: usize = 64 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FastParts {
     /// Ternary matrices.
-    pub five: bool,
+    pub ternary: bool,
     /// The screen of the output head.
     pub head: bool,
 }
@@ -47,11 +51,11 @@ impl FastParts {
     #[must_use]
     pub fn that_pay(model: &Model, kernels: KernelSet) -> Self {
         let is_large = model.gguf().mapping().len() >= MODEL_BYTES_MIN;
-        Self { five: is_large && kernels.reads_five(), head: is_large }
+        Self { ternary: is_large && kernels.reads_image(), head: is_large }
     }
 
     fn is_any(self) -> bool {
-        self.five || self.head
+        self.ternary || self.head
     }
 }
 
@@ -96,37 +100,56 @@ struct Layout {
 /// In the order of [`weights_of`].
 type LayerRanges = [Range<usize>; N_WEIGHTS];
 
-const N_WEIGHTS: usize = 7;
+const N_WEIGHTS: usize = 8;
 
-/// The place of `ffn_down` in [`weights_of`].
-const DOWN: usize = 6;
+/// The places of `ffn_down` in [`weights_of`]: for a few tokens, and for one.
+const DOWN: [usize; 2] = [6, 7];
 
 /// How a matrix is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Packing {
-    /// By rows, five codes to a byte.
-    Five,
+    /// As indices of tables.
+    Lookup,
     /// By columns.
     Columns,
 }
 
 impl Packing {
-    /// What suits the inputs of a weight in [`weights_of`].
-    fn of(model: &Model, place: usize) -> Self {
+    /// What suits the use of a weight in [`weights_of`], if there is any.
+    fn of(model: &Model, place: usize) -> Option<Self> {
         let has_zeros = model.hparams().architecture.activation() == Activation::ReluSquared;
-        if place == DOWN && has_zeros { Self::Columns } else { Self::Five }
+        match place {
+            0..=6 => Some(Self::Lookup),
+            _ => has_zeros.then_some(Self::Columns),
+        }
     }
 
     /// Bytes of a matrix.
     fn n_bytes(self, n_rows: usize, n_cols: usize) -> usize {
         match self {
-            Self::Five => n_rows * FiveMatrix::row_bytes_of(n_cols),
+            Self::Lookup => LookupMatrix::bytes_of(n_rows, n_cols),
             Self::Columns => n_cols * ColumnMatrix::column_bytes_of(n_rows),
+        }
+    }
+
+    /// Bytes of what is packed at once, by one thread: a strip, or as many columns as share bytes of the file.
+    fn item_bytes(self, n_rows: usize) -> usize {
+        match self {
+            Self::Lookup => STRIP_BYTES,
+            Self::Columns => UNIT_COLS * ColumnMatrix::column_bytes_of(n_rows),
+        }
+    }
+
+    /// Items that are packed between two looks at the clock, and by a thread at a time.
+    fn step_items(self) -> (usize, usize) {
+        match self {
+            Self::Lookup => (STEP_STRIPS, 16),
+            Self::Columns => (8, 1),
         }
     }
 }
 
-/// The ternary matrices of a layer.
+/// The ternary matrices of a layer, that twice which is read in two ways.
 fn weights_of(model: &Model, layer: usize) -> [&TernaryWeight; N_WEIGHTS] {
     let layer = &model.layers()[layer];
     [
@@ -136,6 +159,7 @@ fn weights_of(model: &Model, layer: usize) -> [&TernaryWeight; N_WEIGHTS] {
         &layer.attn_output,
         &layer.ffn_gate,
         &layer.ffn_up,
+        &layer.ffn_down,
         &layer.ffn_down,
     ]
 }
@@ -148,13 +172,14 @@ impl Layout {
             end = (end + n_bytes).next_multiple_of(64);
             start..start + n_bytes
         };
-        let n_layers = if parts.five && is_all_i2_s(model) { model.layers().len() } else { 0 };
+        let n_layers = if parts.ternary && is_all_i2_s(model) { model.layers().len() } else { 0 };
         let layers: Vec<LayerRanges> = (0..n_layers)
             .map(|layer| {
                 let weights = weights_of(model, layer);
                 std::array::from_fn(|place| {
                     let matrix = model.ternary(weights[place]);
-                    take(Packing::of(model, place).n_bytes(matrix.n_rows(), matrix.n_cols()))
+                    let packing = Packing::of(model, place);
+                    take(packing.map_or(0, |packing| packing.n_bytes(matrix.n_rows(), matrix.n_cols())))
                 })
             })
             .collect();
@@ -163,7 +188,7 @@ impl Layout {
             .then(|| HeadLayout::new(model.output().n_rows(), model.output().n_cols()))
             .transpose()?;
         let head = head.map(|head| (take(head.n_bytes).start, head));
-        let parts = FastParts { five: !layers.is_empty(), head: head.is_some() };
+        let parts = FastParts { ternary: !layers.is_empty(), head: head.is_some() };
         if !parts.is_any() {
             return Err(FastImageError::Nothing);
         }
@@ -173,7 +198,7 @@ impl Layout {
     fn header(&self) -> [u8; HEADER_BYTES] {
         let mut header = [0; HEADER_BYTES];
         header[..8].copy_from_slice(&MAGIC);
-        header[8] = u8::from(self.parts.five) | u8::from(self.parts.head) << 1;
+        header[8] = u8::from(self.parts.ternary) | u8::from(self.parts.head) << 1;
         header[16..24].copy_from_slice(&self.fingerprint.to_le_bytes());
         header[24..32].copy_from_slice(&(self.n_bytes as u64).to_le_bytes());
         header
@@ -300,28 +325,22 @@ impl FastImageBuilder {
         let (layer, place) = (self.piece / N_WEIGHTS, self.piece % N_WEIGHTS);
         let model = Arc::clone(&self.model);
         let matrix = model.ternary(weights_of(&model, layer)[place]);
-        let packing = Packing::of(&model, place);
-        // What is packed at once, by one thread: a row, or as many columns as share bytes of the file.
-        let (n_items, item_bytes, step_items) = match packing {
-            Packing::Five => (matrix.n_rows(), FiveMatrix::row_bytes_of(matrix.n_cols()), 8 * STEP_ROWS),
-            Packing::Columns => {
-                let unit_bytes = UNIT_COLS * ColumnMatrix::column_bytes_of(matrix.n_rows());
-                (matrix.n_cols() / UNIT_COLS, unit_bytes, 8)
-            }
+        let Some(packing) = Packing::of(&model, place) else {
+            self.end_step(0, 0);
+            return Ok(());
         };
+        let item_bytes = packing.item_bytes(matrix.n_rows());
+        let n_items = packing.n_bytes(matrix.n_rows(), matrix.n_cols()) / item_bytes;
+        let (step_items, chunk) = packing.step_items();
         let items = self.row..n_items.min(self.row + step_items);
         let start = self.layout.layers[layer][place].start;
         let bytes = start + items.start * item_bytes..start + items.end * item_bytes;
         self.collapse_to(bytes.end);
         let is_valid = std::sync::atomic::AtomicBool::new(true);
-        let chunk = match packing {
-            Packing::Five => 16,
-            Packing::Columns => 1,
-        };
         pool.for_each_row_mut(&mut self.memory[bytes], item_bytes, chunk, &|_, item, packed| {
             let item = items.start + item;
             let is_packed = match packing {
-                Packing::Five => FiveMatrix::pack_rows(&matrix, item..item + 1, packed),
+                Packing::Lookup => LookupMatrix::pack_strip(&matrix, item, packed),
                 Packing::Columns => ColumnMatrix::pack_unit(&matrix, item, packed),
             };
             if !is_packed {
@@ -363,46 +382,19 @@ pub struct FastImage {
     layout: Layout,
 }
 
-/// The matrices of a layer that one decoded token reads.
+/// The matrices of a layer.
 #[derive(Clone, Copy, Debug)]
 #[expect(missing_docs, reason = "the names are those of `LayerWeights`")]
-pub struct FiveLayer<'a> {
-    pub attn_q: FiveMatrix<'a>,
-    pub attn_k: FiveMatrix<'a>,
-    pub attn_v: FiveMatrix<'a>,
-    pub attn_output: FiveMatrix<'a>,
-    pub ffn_gate: FiveMatrix<'a>,
-    pub ffn_up: FiveMatrix<'a>,
-    pub ffn_down: DownMatrix<'a>,
-}
-
-/// The output projection of a feed-forward network, as its inputs are.
-#[derive(Clone, Copy, Debug)]
-pub enum DownMatrix<'a> {
-    /// All of them count.
-    Five(FiveMatrix<'a>),
-    /// Most are zero.
-    Columns(ColumnMatrix<'a>),
-}
-
-impl<'a> DownMatrix<'a> {
-    /// By rows, if it is.
-    #[must_use]
-    pub fn five(self) -> Option<FiveMatrix<'a>> {
-        match self {
-            Self::Five(matrix) => Some(matrix),
-            Self::Columns(_) => None,
-        }
-    }
-
-    /// By columns, if it is.
-    #[must_use]
-    pub fn columns(self) -> Option<ColumnMatrix<'a>> {
-        match self {
-            Self::Five(_) => None,
-            Self::Columns(matrix) => Some(matrix),
-        }
-    }
+pub struct ImageLayer<'a> {
+    pub attn_q: LookupMatrix<'a>,
+    pub attn_k: LookupMatrix<'a>,
+    pub attn_v: LookupMatrix<'a>,
+    pub attn_output: LookupMatrix<'a>,
+    pub ffn_gate: LookupMatrix<'a>,
+    pub ffn_up: LookupMatrix<'a>,
+    pub ffn_down: LookupMatrix<'a>,
+    /// For one token, most of whose inputs are zero.
+    pub down_columns: Option<ColumnMatrix<'a>>,
 }
 
 impl FastImage {
@@ -412,7 +404,7 @@ impl FastImage {
     /// If it is another one, or none.
     pub fn new(memory: Mapping, model: &Model) -> Result<Self, FastImageError> {
         let parts = memory.get(8).map_or(0, |parts| *parts);
-        let layout = Layout::new(model, FastParts { five: parts & 1 != 0, head: parts & 2 != 0 })?;
+        let layout = Layout::new(model, FastParts { ternary: parts & 1 != 0, head: parts & 2 != 0 })?;
         if memory.len() != layout.n_bytes {
             return Err(FastImageError::Length { expected: layout.n_bytes, found: memory.len() });
         }
@@ -438,11 +430,15 @@ impl FastImage {
         self.layout.n_bytes
     }
 
-    /// Bytes of all ternary matrices, if they are in it.
+    /// Bytes of the ternary matrices that a pass of one row, or of a few, reads of it; nothing if it has none.
     #[must_use]
-    pub fn ternary_bytes(&self) -> Option<usize> {
-        let layers = self.layout.layers.iter();
-        self.layout.parts.five.then(|| layers.flatten().map(|range| range.len()).sum())
+    pub fn ternary_bytes(&self, n_rows: usize) -> Option<usize> {
+        let bytes = |ranges: &LayerRanges| {
+            let columns = ranges[DOWN[1]].len();
+            let unread = if n_rows == 1 && columns > 0 { ranges[DOWN[0]].len() } else { columns };
+            ranges.iter().map(|range| range.len()).sum::<usize>() - unread
+        };
+        self.layout.parts.ternary.then(|| self.layout.layers.iter().map(bytes).sum())
     }
 
     /// The screen of the head.
@@ -454,28 +450,28 @@ impl FastImage {
 
     /// The matrices of a layer of `model`.
     #[must_use]
-    pub fn layer(&self, model: &Model, layer: usize) -> Option<FiveLayer<'_>> {
+    pub fn layer(&self, model: &Model, layer: usize) -> Option<ImageLayer<'_>> {
         let ranges = self.layout.layers.get(layer)?;
         let weights = weights_of(model, layer);
-        let matrix = |i: usize| {
+        let lookup = |i: usize| {
             let file = model.ternary(weights[i]);
-            FiveMatrix::new(&self.memory[ranges[i].clone()], file.n_rows(), file.n_cols())
+            LookupMatrix::new(&self.memory[ranges[i].clone()], file.n_rows(), file.n_cols())
         };
-        Some(FiveLayer {
-            attn_q: matrix(0)?,
-            attn_k: matrix(1)?,
-            attn_v: matrix(2)?,
-            attn_output: matrix(3)?,
-            ffn_gate: matrix(4)?,
-            ffn_up: matrix(5)?,
-            ffn_down: match Packing::of(model, DOWN) {
-                Packing::Five => DownMatrix::Five(matrix(DOWN)?),
-                Packing::Columns => {
-                    let file = model.ternary(weights[DOWN]);
-                    let bytes = &self.memory[ranges[DOWN].clone()];
-                    DownMatrix::Columns(ColumnMatrix::new(bytes, file.n_rows(), file.n_cols())?)
-                }
-            },
+        let columns = DOWN[1];
+        let file = model.ternary(weights[columns]);
+        Some(ImageLayer {
+            attn_q: lookup(0)?,
+            attn_k: lookup(1)?,
+            attn_v: lookup(2)?,
+            attn_output: lookup(3)?,
+            ffn_gate: lookup(4)?,
+            ffn_up: lookup(5)?,
+            ffn_down: lookup(DOWN[0])?,
+            down_columns: ColumnMatrix::new(
+                &self.memory[ranges[columns].clone()],
+                file.n_rows(),
+                file.n_cols(),
+            ),
         })
     }
 }

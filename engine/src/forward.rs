@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::fast_image::{DownMatrix, FastImage, FiveLayer};
+use crate::fast_image::{FastImage, ImageLayer};
 use crate::head::Wanted;
 use crate::kernels::KernelSet;
 use crate::kernels::float::{Activation, AttentionRow, AttentionScratch, AttentionShape, RopeTable};
@@ -163,8 +163,8 @@ impl Forward {
 
     /// Bytes of all ternary matrices, in the form in which a pass of so many rows reads them.
     fn ternary_bytes(&self, n_rows: usize) -> u64 {
-        let image = self.fast_image().and_then(FastImage::ternary_bytes);
-        let bytes = image.filter(|_| n_rows == 1 && self.kernels.reads_five()).unwrap_or_else(|| {
+        let image = self.fast_image().filter(|_| self.kernels.reads_image_for(n_rows));
+        let bytes = image.and_then(|image| image.ternary_bytes(n_rows)).unwrap_or_else(|| {
             self.model.ternary_matrices().map(|matrix| matrix.n_rows() * matrix.row_bytes()).sum()
         });
         bytes as u64
@@ -227,8 +227,8 @@ impl Forward {
         kv: &mut KvCache,
     ) {
         let hparams = model.hparams();
-        let five = self.fast.as_ref().and_then(|fast| fast.image.layer(model, index));
-        let five = five.as_ref();
+        let image = self.fast.as_ref().and_then(|fast| fast.image.layer(model, index));
+        let image = image.as_ref();
         let HyperParams { n_embd, n_heads, n_kv_heads, head_dim, rms_eps, .. } = *hparams;
         let style = hparams.architecture.rope_style();
         let (kernels, pool, n, s) = (self.kernels, &self.pool, rows.len(), &mut self.state);
@@ -246,11 +246,11 @@ impl Forward {
             &s.acts,
             &mut [
                 MatmulJob::new(model.ternary(&layer.attn_q), q, Store::Set)
-                    .with_five(five.map(|five| five.attn_q)),
+                    .with_lookup(image.map(|image| image.attn_q)),
                 MatmulJob::new(model.ternary(&layer.attn_k), k, Store::Set)
-                    .with_five(five.map(|five| five.attn_k)),
+                    .with_lookup(image.map(|image| image.attn_k)),
                 MatmulJob::new(model.ternary(&layer.attn_v), v, Store::Set)
-                    .with_five(five.map(|five| five.attn_v)),
+                    .with_lookup(image.map(|image| image.attn_v)),
             ],
         );
         kernels.rope_rows(pool, q, n_heads, &self.rope, &s.positions, style);
@@ -265,13 +265,13 @@ impl Forward {
         s.acts.reset(n, hparams.q_width());
         kernels.norm_quantize(pool, attn, sub_norm, &mut s.acts);
         let job = MatmulJob::new(model.ternary(&layer.attn_output), x, Store::Add);
-        kernels.ternary_matmul(pool, &s.acts, &mut [job.with_five(five.map(|five| five.attn_output))]);
+        kernels.ternary_matmul(pool, &s.acts, &mut [job.with_lookup(image.map(|image| image.attn_output))]);
     }
 
     /// x += ffn_down · sub_norm(act(gate) · up). Returns how many bytes of weights were left out.
     fn feed_forward(&mut self, model: &Model, layer: &LayerWeights, index: usize, n: usize) -> u64 {
-        let five = self.fast.as_ref().and_then(|fast| fast.image.layer(model, index));
-        let five: Option<&FiveLayer<'_>> = five.as_ref();
+        let image = self.fast.as_ref().and_then(|fast| fast.image.layer(model, index));
+        let image: Option<&ImageLayer<'_>> = image.as_ref();
         let HyperParams { n_embd, n_ff, rms_eps, architecture, .. } = *model.hparams();
         let activation: Activation = architecture.activation();
         let (kernels, pool, s) = (self.kernels, &self.pool, &mut self.state);
@@ -281,27 +281,19 @@ impl Forward {
         s.acts.reset(n, n_embd);
         kernels.norm_quantize(pool, x, Some((&layer.ffn_norm, rms_eps)), &mut s.acts);
         let gate_job = MatmulJob::new(model.ternary(&layer.ffn_gate), gate, Store::Set)
-            .with_five(five.map(|five| five.ffn_gate));
+            .with_lookup(image.map(|image| image.ffn_gate));
         let up_job = MatmulJob::new(model.ternary(&layer.ffn_up), up, Store::Set)
-            .with_five(five.map(|five| five.ffn_up));
-        match activation {
-            // What a gate of zero lets through need not be known.
-            Activation::ReluSquared => kernels.ternary_gated(pool, &s.acts, gate_job, up_job),
-            Activation::Silu => kernels.ternary_matmul(pool, &s.acts, &mut [gate_job, up_job]),
-        }
+            .with_lookup(image.map(|image| image.ffn_up));
+        kernels.ternary_matmul(pool, &s.acts, &mut [gate_job, up_job]);
         let sub_norm = layer.ffn_sub_norm.as_deref().map(|weight| (weight, rms_eps));
         s.acts.reset(n, n_ff);
         kernels.glu_norm_quantize(pool, activation, [&*gate, &*up], sub_norm, &mut s.acts);
-        let down = five.map(|five| five.ffn_down);
         let job = MatmulJob::new(model.ternary(&layer.ffn_down), x, Store::Add)
-            .with_five(down.and_then(DownMatrix::five));
-        kernels.ternary_sparse(pool, &s.acts, job, down.and_then(DownMatrix::columns));
-        match five {
-            Some(FiveLayer { ffn_up, ffn_down: DownMatrix::Columns(down), .. })
-                if n == 1 && kernels.reads_five() =>
-            {
-                let n_closed = gate.iter().filter(|gate| **gate <= 0.0).count();
-                (n_closed * ffn_up.row_bytes() + s.acts.n_zeros(0) * down.column_bytes()) as u64
+            .with_lookup(image.map(|image| image.ffn_down));
+        kernels.ternary_sparse(pool, &s.acts, job, image.and_then(|image| image.down_columns));
+        match image.and_then(|image| image.down_columns) {
+            Some(columns) if n == 1 && kernels.reads_image() => {
+                (s.acts.n_zeros(0) * columns.column_bytes()) as u64
             }
             _ => 0,
         }

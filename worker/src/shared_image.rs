@@ -88,7 +88,7 @@ impl SharedImage {
         huge_pages: HugePages,
         is_locked: bool,
     ) -> Self {
-        let is_any = parts.five || parts.head;
+        let is_any = parts.ternary || parts.head;
         let state = if is_any { State::Open(memory.into(), parts) } else { State::Over };
         Self { state, n_bytes, huge_pages, is_locked, begun: Instant::now() }
     }

@@ -259,13 +259,13 @@ fn name_this_thread(name: &str) {
     }
 }
 
-const NO_IMAGE: (FastParts, u64) = (FastParts { five: false, head: false }, 0);
+const NO_IMAGE: (FastParts, u64) = (FastParts { ternary: false, head: false }, 0);
 
 /// The parts of a fast image that a choice of `model.head` asks for, and how many bytes they take.
 fn image_wanted(model: &Model, kernels: KernelSet, head: &str) -> (FastParts, u64) {
     let parts = match head {
         "file" => return NO_IMAGE,
-        "fast" => FastParts { five: kernels.reads_five(), head: true },
+        "fast" => FastParts { ternary: kernels.reads_image(), head: true },
         _ => FastParts::that_pay(model, kernels),
     };
     match FastImageBuilder::n_bytes(model, parts) {

@@ -77,26 +77,20 @@ pub struct KernelSet {
     isa: Isa,
     // Invariant: only if `for_isa` saw AVX-VNNI on the running CPU.
     has_vex_vnni: bool,
-    // The same of AVX-512 VBMI, beside AVX-512 VNNI.
-    has_vbmi: bool,
 }
 
 impl KernelSet {
     /// The kernels of `isa`, if the running CPU has it and kernels are written for it.
     #[must_use]
     pub fn for_isa(isa: Isa) -> Option<Self> {
-        is_present(isa).then(|| Self {
-            isa,
-            has_vex_vnni: has_vex_vnni(),
-            has_vbmi: isa == Isa::Avx512Vnni && has_vbmi(),
-        })
+        is_present(isa).then(|| Self { isa, has_vex_vnni: has_vex_vnni() })
     }
 
     /// The best kernels the running CPU has.
     #[must_use]
     pub fn detect() -> Self {
         let best = Isa::ALL.into_iter().rev().find_map(Self::for_isa);
-        best.unwrap_or(Self { isa: Isa::Scalar, has_vex_vnni: false, has_vbmi: false })
+        best.unwrap_or(Self { isa: Isa::Scalar, has_vex_vnni: false })
     }
 
     /// Every set the running CPU has, worst first.
@@ -135,16 +129,6 @@ fn is_present(isa: Isa) -> bool {
         Isa::Avx512Vnni => has_avx2 && has_avx512,
         Isa::Neon | Isa::NeonDotprod => false,
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_vbmi() -> bool {
-    is_x86_feature_detected!("avx512vbmi")
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn has_vbmi() -> bool {
-    false
 }
 
 #[cfg(target_arch = "aarch64")]

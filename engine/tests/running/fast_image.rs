@@ -89,7 +89,7 @@ fn an_image_of_something_else_is_refused() {
     let model = story_model();
     let engine = engine(&model, &Setting::default());
     let image = fast_image(&engine);
-    assert_eq!(image.parts(), FastParts { five: true, head: true });
+    assert_eq!(image.parts(), FastParts { ternary: true, head: true });
     let refuse = |n_bytes: usize, parts: u8| {
         let mut bytes = vec![0; n_bytes];
         bytes[8] = parts;

@@ -77,7 +77,7 @@ pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
 
 /// The fast image of a model with all its parts, made a little at a time.
 pub(crate) fn fast_image(engine: &Engine) -> FastImage {
-    let parts = FastParts { five: true, head: true };
+    let parts = FastParts { ternary: true, head: true };
     let model = Arc::clone(engine.model());
     let n_bytes = FastImageBuilder::n_bytes(&model, parts).unwrap();
     let memory = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());

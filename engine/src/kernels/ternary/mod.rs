@@ -26,7 +26,7 @@ mod avx2; // AVX2 and AVX-VNNI.
 #[cfg(target_arch = "x86_64")]
 mod avx512; // AVX-512 VNNI.
 mod columns; // By columns, for one token with many zeros.
-mod five; // Five codes to a byte, for one token.
+mod lookup; // Indices of tables of sums, for a few tokens.
 mod output; // Where products go, and the last float steps.
 mod packed; // Rows of two-bit codes, as the fast paths read them.
 mod quantize; // Activations to int8.
@@ -40,7 +40,8 @@ mod tests;
 
 pub use columns::ColumnMatrix;
 pub(crate) use columns::UNIT_COLS;
-pub use five::FiveMatrix;
+pub use lookup::LookupMatrix;
+pub(crate) use lookup::STRIP_BYTES;
 use output::{Output, TokenScale, exact_f32};
 use packed::{PackedRows, RowsJob, repack};
 pub use quantize::Norm;
@@ -62,7 +63,7 @@ pub enum Store {
 #[derive(Debug)]
 pub struct MatmulJob<'a> {
     matrix: TernaryMatrix<'a>,
-    five: Option<FiveMatrix<'a>>, // Of the same shape.
+    lookup: Option<LookupMatrix<'a>>, // Of the same shape.
     out: Output<'a>,
 }
 
@@ -70,19 +71,20 @@ impl<'a> MatmulJob<'a> {
     /// `out` is `(n_tokens, matrix.n_rows())`.
     #[must_use]
     pub fn new(matrix: TernaryMatrix<'a>, out: &'a mut [f32], store: Store) -> Self {
-        Self { matrix, five: None, out: Output::new(out, matrix.n_rows(), store) }
+        Self { matrix, lookup: None, out: Output::new(out, matrix.n_rows(), store) }
     }
 
-    /// The same weights with five codes to a byte, if they are there: read instead for one token, where
-    /// [`KernelSet::reads_five`].
+    /// The same weights as indices of tables, if they are there: read instead for a few tokens, where
+    /// [`KernelSet::reads_image`].
     ///
     /// # Panics
     /// If the shape is another one.
     #[must_use]
-    pub fn with_five(mut self, five: Option<FiveMatrix<'a>>) -> Self {
+    pub fn with_lookup(mut self, lookup: Option<LookupMatrix<'a>>) -> Self {
         let shape = (self.matrix.n_rows(), self.matrix.n_cols());
-        assert!(five.is_none_or(|five| (five.n_rows(), five.n_cols()) == shape), "{five:?} for {shape:?}");
-        self.five = five;
+        let is_same = lookup.is_none_or(|lookup| (lookup.n_rows(), lookup.n_cols()) == shape);
+        assert!(is_same, "{lookup:?} for {shape:?}");
+        self.lookup = lookup;
         self
     }
 }
@@ -93,7 +95,7 @@ const TILE_ROWS: usize = 16;
 /// Rows of `TQ1_0` that are brought into two-bit codes at once.
 const REPACKED_ROWS: usize = 2 * TILE_ROWS;
 
-/// With more tokens the AVX-512 path wants 32 rows at a time.
+/// With more tokens the AVX-512 path wants 32 rows at a time, and no tables.
 const FEW_TOKENS: usize = 8;
 
 /// Bytes of weights in a chunk of work, about: many times the price of claiming it.
@@ -101,10 +103,6 @@ const CHUNK_BYTES: usize = 64 << 10;
 
 /// Chunks per thread, at least, so that a thread that was held up leaves work to the others.
 const CHUNKS_PER_THREAD: usize = 4;
-
-/// Rows of a gate, and of what it gates, in a chunk of work.
-#[cfg(target_arch = "x86_64")]
-const GATED_ROWS: usize = 64;
 
 impl KernelSet {
     /// Multiplies every job's matrix with all rows of `acts`, in one fork and join.
@@ -119,6 +117,10 @@ impl KernelSet {
             assert_eq!(out.len(), acts.n_rows() * matrix.n_rows(), "output of {matrix:?} times {acts:?}");
             n_rows += matrix.n_rows();
             row_bytes = row_bytes.max(matrix.row_bytes());
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.reads_image_for(acts.n_rows()) && jobs.iter().all(|job| job.lookup.is_some()) {
+            return self.ternary_lookup(pool, acts, jobs);
         }
         let even_share = n_rows / (pool.n_threads() * CHUNKS_PER_THREAD);
         // Few tokens are done quickly: small matrices must still give every thread something.
@@ -142,44 +144,32 @@ impl KernelSet {
         });
     }
 
-    /// Whether one token is multiplied with five codes to a byte where they are there.
-    #[must_use]
-    pub fn reads_five(self) -> bool {
-        self.has_vbmi
+    /// The same by tables.
+    #[cfg(target_arch = "x86_64")]
+    fn ternary_lookup(self, pool: &ThreadPool, acts: &QuantizedRows, jobs: &[MatmulJob<'_>]) {
+        let n_groups = jobs.iter().filter_map(|job| job.lookup).map(|matrix| matrix.n_groups()).sum();
+        pool.for_each_chunk(n_groups, avx512::lookup::piece(pool.n_threads(), n_groups), &|_, groups| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
+                unsafe { avx512::lookup::matmul(jobs, acts, groups, &mut scratch.lookup) };
+            });
+        });
     }
 
-    /// Multiplies a gate and what it gates (`relu(gate)^2 * up`) with all rows of `acts`. Where the gate is not above
-    /// zero, `up` may be 0 instead of what it is.
-    ///
-    /// # Panics
-    /// As [`Self::ternary_matmul`], and if the two are not of one shape.
-    pub fn ternary_gated(
-        self,
-        pool: &ThreadPool,
-        acts: &QuantizedRows,
-        gate: MatmulJob<'_>,
-        up: MatmulJob<'_>,
-    ) {
-        assert_eq!(gate.matrix.n_rows(), up.matrix.n_rows(), "rows of {gate:?} and {up:?}");
-        #[cfg(target_arch = "x86_64")]
-        if let (1, true, Some(gate_five), Some(up_five)) = (acts.n_rows(), self.has_vbmi, gate.five, up.five)
-        {
-            for job in [&gate, &up] {
-                assert_eq!(job.matrix.n_cols(), acts.n_cols(), "columns of {job:?} and of {acts:?}");
-                assert!(job.out.len() == job.matrix.n_rows() && job.out.is_set(), "output of {job:?}");
-            }
-            let n_rows = gate.matrix.n_rows();
-            let jobs = [(&gate, gate_five), (&up, up_five)];
-            return pool.for_each_chunk(n_rows, GATED_ROWS, &|_, rows| {
-                // SAFETY: `has_vbmi` only if `for_isa` saw AVX-512 F, BW, VL, VNNI and VBMI on this CPU.
-                unsafe { avx512::five::gemv_gated(jobs, acts, rows) };
-            });
-        }
-        self.ternary_matmul(pool, acts, &mut [gate, up]);
+    /// Whether one token, or a few, are multiplied with other forms of the weights where they are there.
+    #[must_use]
+    pub fn reads_image(self) -> bool {
+        self.isa == Isa::Avx512Vnni
+    }
+
+    /// Whether so many are.
+    #[must_use]
+    pub fn reads_image_for(self, n_tokens: usize) -> bool {
+        self.reads_image() && n_tokens <= FEW_TOKENS
     }
 
     /// Multiplies one token, many of whose activations are zero, with the same weights by columns, where
-    /// [`Self::reads_five`]; otherwise as [`Self::ternary_matmul`].
+    /// [`Self::reads_image`]; otherwise as [`Self::ternary_matmul`].
     ///
     /// # Panics
     /// As [`Self::ternary_matmul`], and if `columns` has another shape.
@@ -195,7 +185,7 @@ impl KernelSet {
         columns: Option<ColumnMatrix<'_>>,
     ) {
         #[cfg(target_arch = "x86_64")]
-        if let (1, true, Some(matrix)) = (acts.n_rows(), self.has_vbmi, columns) {
+        if let (1, true, Some(matrix)) = (acts.n_rows(), self.reads_image(), columns) {
             let shape = (job.matrix.n_rows(), job.matrix.n_cols());
             assert_eq!((matrix.n_rows(), matrix.n_cols()), shape, "shape of {matrix:?}");
             assert_eq!(matrix.n_cols(), acts.n_cols(), "columns of {matrix:?} and of {acts:?}");
@@ -210,7 +200,7 @@ impl KernelSet {
                 let chunk_lines =
                     if is_even { avx512::columns::LINES_MAX.min(n_lines / pool.n_threads()) } else { 1 };
                 pool.for_each_chunk(n_lines, chunk_lines, &|_, lines| {
-                    // SAFETY: `has_vbmi` only if `for_isa` saw AVX-512 F, BW, VL, VNNI and VBMI on this CPU.
+                    // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
                     unsafe { avx512::columns::matmul(&job, lines) };
                 });
             });
@@ -230,14 +220,6 @@ impl KernelSet {
             return scalar::matmul_rows(job, acts, rows, scratch);
         }
         let MatmulJob { matrix, out, .. } = job;
-        #[cfg(target_arch = "x86_64")]
-        if acts.n_rows() == 1
-            && self.has_vbmi
-            && let Some(five) = job.five
-        {
-            // SAFETY: `has_vbmi` only if `for_isa` saw AVX-512 F, BW, VL, VNNI and VBMI on this CPU.
-            return unsafe { avx512::five::gemv(job, five, acts, rows) };
-        }
         if matrix.format() != TernaryFormat::Tq1_0 {
             let packed = PackedRows::of(matrix, rows.clone());
             let job = RowsJob { rows: packed, first_row: rows.start, matrix, out };
@@ -313,4 +295,6 @@ struct Scratch {
     codes: Vec<Line>, // One row in kernel order, by the scalar path.
     packed: Vec<u8>,  // (REPACKED_ROWS, n_blocks, 64)
     panel: Vec<Line>, // As the instruction set likes it.
+    #[cfg(target_arch = "x86_64")]
+    lookup: avx512::lookup::Scratch,
 }

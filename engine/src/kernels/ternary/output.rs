@@ -39,15 +39,6 @@ impl<'a> Output<'a> {
         self.len
     }
 
-    /// Whether what is there is overwritten.
-    #[cfg_attr(
-        not(target_arch = "x86_64"),
-        expect(dead_code, reason = "no other instruction set has this product")
-    )]
-    pub(super) fn is_set(&self) -> bool {
-        self.store == Store::Set
-    }
-
     /// The places of matrix rows `rows` in the line of token `token`.
     ///
     /// # Safety

@@ -19,7 +19,7 @@ use super::{QuantizedRows, Store, TILE_ROWS, TokenScale};
 use crate::kernels::x86_avx512::horizontal_sums;
 
 pub(super) mod columns; // One token, the columns that are not zero.
-pub(super) mod five; // One token, five codes to a byte.
+pub(super) mod lookup; // Up to eight tokens, by tables.
 mod panel; // Many tokens: 32 rows unpacked and transposed.
 
 /// Up to so many tokens no panel is made.
