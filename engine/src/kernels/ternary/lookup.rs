@@ -16,8 +16,6 @@
 //!
 //! The last chunk has fewer strips. Rows past the last have indices 0. A chunk is what sums of 16 bits hold: 240 columns.
 
-use std::ops::Range;
-
 use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES};
 use crate::ternary::{TernaryFormat, TernaryMatrix};
 
@@ -41,6 +39,9 @@ pub(super) const CHUNK_STRIPS: usize = 5;
 
 /// Activations may be -128.
 const _: () = assert!(CHUNK_STRIPS * STRIP_COLS * 128 <= i16::MAX as usize);
+
+/// Places of a line of activations, and bytes of a block of `I2_S`.
+const LINE_PLACES: usize = 64;
 
 /// 64 bytes, a register.
 pub(super) type Register = [u8; 64];
@@ -140,7 +141,7 @@ impl<'a> LookupMatrix<'a> {
         let rows = group * GROUP_ROWS..matrix.n_rows().min((group + 1) * GROUP_ROWS);
         for (i, row) in rows.enumerate() {
             let blocks = &matrix.blocks()[row * matrix.row_bytes()..][..matrix.row_bytes()];
-            let codes = codes_of(blocks, strip * STRIP_COLS..(strip + 1) * STRIP_COLS);
+            let codes = codes_of(blocks, strip);
             // A code 3 has both bits set.
             is_valid &= codes.iter().fold(0, |both, code| both | (code & (code >> 1))) == 0;
             for (word, value) in words_of(&codes).into_iter().enumerate() {
@@ -157,24 +158,37 @@ fn n_strips(n_cols: usize) -> usize {
     n_cols.next_multiple_of(BLOCK_COLS).div_ceil(STRIP_COLS)
 }
 
-/// The codes of a row at some places of the activations; 0 where there are none.
-fn codes_of(blocks: &[u8], places: Range<usize>) -> [u8; STRIP_COLS] {
-    let mut codes = [0; STRIP_COLS];
-    let mut done = 0;
-    while done < STRIP_COLS {
-        let place = places.start + done;
-        let (line, p) = (place / 64, place % 64);
-        let n = (64 - p).min(STRIP_COLS - done);
-        let bytes = &blocks[blocks.len().min(line / BLOCK_LINES * 64 + p)..];
-        // The last block may be a half, whose bytes are 32.
-        let bytes = &bytes[..n.min(bytes.len())];
-        let shift = 6 - 2 * (line % BLOCK_LINES);
-        for (code, byte) in codes[done..].iter_mut().zip(bytes) {
-            *code = byte >> shift & 3;
+/// The codes of a row at the places of a strip; 0 where there are none.
+fn codes_of(blocks: &[u8], strip: usize) -> [u8; STRIP_COLS] {
+    let first = strip * STRIP_COLS;
+    // A strip touches two lines at most.
+    let mut codes = [0; 2 * LINE_PLACES];
+    for (line, codes) in (first / LINE_PLACES..).zip(codes.as_chunks_mut().0) {
+        let bytes = &blocks[blocks.len().min(line / BLOCK_LINES * LINE_PLACES)..];
+        // The last block may be a half, and there may be none.
+        let mut whole = [0; LINE_PLACES];
+        let bytes = bytes.first_chunk().unwrap_or_else(|| {
+            whole[..bytes.len()].copy_from_slice(bytes);
+            &whole
+        });
+        // Shifts by constants are vector instructions.
+        match line % BLOCK_LINES {
+            0 => shift::<6>(bytes, codes),
+            1 => shift::<4>(bytes, codes),
+            2 => shift::<2>(bytes, codes),
+            _ => shift::<0>(bytes, codes),
         }
-        done += n;
     }
-    codes
+    let mut own = [0; STRIP_COLS];
+    own.copy_from_slice(&codes[first % LINE_PLACES..][..STRIP_COLS]);
+    own
+}
+
+#[inline(always)]
+fn shift<const SHIFT: u32>(bytes: &[u8; LINE_PLACES], codes: &mut [u8; LINE_PLACES]) {
+    for (code, byte) in codes.iter_mut().zip(bytes) {
+        *code = byte >> SHIFT & 3;
+    }
 }
 
 /// Sixteen indices in five words.
