@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::fast_image::FastImage;
 use crate::forward::{Forward, ForwardLimits, PassCost, Row};
 use crate::kernels::KernelSet;
+use crate::kernels::ternary::BLOCK_TOKENS;
 use crate::kv::{KvCache, KvShape, KvType, PagePool, pages_for};
 use crate::model::Model;
 use crate::pool::{PoolError, PoolOptions, ThreadPool, Wait};
@@ -23,7 +24,7 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 const STEP_TARGET: Duration = Duration::from_millis(300);
 /// How long it may take while nobody does: longer steps read the weights less often. A cancel and a heartbeat have to
 /// fit between steps.
-const STEP_TARGET_ALONE: Duration = Duration::from_secs(1);
+const STEP_TARGET_ALONE: Duration = Duration::from_millis(1500);
 /// Prompt tokens in a step before the speed of this machine is known.
 const FIRST_CHUNK: usize = 16;
 
@@ -396,7 +397,7 @@ impl Engine {
         order.extend((0..running.len()).filter(|index| running[*index].is_prefilling()));
         let is_anyone_decoding = order.len() < running.len();
         let target = if is_anyone_decoding { STEP_TARGET } else { STEP_TARGET_ALONE };
-        let mut chunk = self.chunk.rows(target);
+        let mut chunk = self.chunk.rows(target, running.len() - order.len());
         for (index, sequence) in running.iter_mut().enumerate() {
             sequence.guesser.clear();
             let is_prefill = sequence.is_prefilling();
@@ -535,8 +536,12 @@ impl ChunkSize {
         clippy::cast_sign_loss,
         reason = "a positive number of rows, clamped right after"
     )]
-    fn rows(&self, target: Duration) -> usize {
+    /// Rows for a step that has `n_decoding` others.
+    fn rows(&self, target: Duration, n_decoding: usize) -> usize {
         let rows = self.row_seconds.map_or(FIRST_CHUNK, |row| (target.as_secs_f64() / row) as usize);
+        // Whole blocks of the products, about: a part of one costs more than its part.
+        let all = (rows + n_decoding + BLOCK_TOKENS / 2) / BLOCK_TOKENS * BLOCK_TOKENS;
+        let rows = if all > n_decoding { all - n_decoding } else { rows };
         rows.clamp(1, self.max)
     }
 
@@ -553,12 +558,12 @@ mod tests {
     #[test]
     fn chunks_grow_on_a_fast_machine_and_shrink_on_a_slow_one() {
         let mut chunk = ChunkSize::new(256);
-        assert_eq!(chunk.rows(STEP_TARGET), FIRST_CHUNK);
+        assert_eq!(chunk.rows(STEP_TARGET, 0), FIRST_CHUNK);
         chunk.observe(8, Duration::from_millis(1));
-        assert_eq!(chunk.rows(STEP_TARGET), 256);
+        assert_eq!(chunk.rows(STEP_TARGET, 0), 256);
         for _ in 0..20 {
             chunk.observe(1, Duration::from_secs(2));
         }
-        assert_eq!(chunk.rows(STEP_TARGET), 1);
+        assert_eq!(chunk.rows(STEP_TARGET, 0), 1);
     }
 }

@@ -34,6 +34,7 @@ mod quantized_rows; // How they lie in memory.
 mod scalar; // The definition of the product.
 #[cfg(target_arch = "x86_64")]
 mod sparse; // What is left of one token without its zeros.
+mod tables; // Many tokens, by tables of sums.
 
 #[cfg(test)]
 mod tests;
@@ -49,6 +50,7 @@ pub use quantized_rows::QuantizedRows;
 use quantized_rows::{BLOCK_LINES, Line};
 #[cfg(target_arch = "x86_64")]
 use sparse::{ColumnsJob, NON_ZERO};
+pub use tables::BLOCK_TOKENS;
 
 /// What happens to what is already in the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +123,9 @@ impl KernelSet {
         #[cfg(target_arch = "x86_64")]
         if self.reads_image_for(acts.n_rows()) && jobs.iter().all(|job| job.lookup.is_some()) {
             return self.ternary_lookup(pool, acts, jobs);
+        }
+        if tables::suits(self.isa, acts, jobs) {
+            return tables::matmul(self.isa, pool, acts, jobs);
         }
         let even_share = n_rows / (pool.n_threads() * CHUNKS_PER_THREAD);
         // Few tokens are done quickly: small matrices must still give every thread something.
@@ -297,4 +302,5 @@ struct Scratch {
     panel: Vec<Line>, // As the instruction set likes it.
     #[cfg(target_arch = "x86_64")]
     lookup: avx512::lookup::Scratch,
+    tables: tables::Scratch,
 }

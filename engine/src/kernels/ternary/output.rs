@@ -90,6 +90,22 @@ impl<'a> Output<'a> {
         self.put(out, &values);
     }
 
+    /// Stores the values of one token for a tile of rows.
+    ///
+    /// # Safety
+    /// No other thread uses these rows of this token.
+    #[inline(always)]
+    pub(super) unsafe fn store_tile<const N: usize>(
+        &self,
+        token: usize,
+        rows: Range<usize>,
+        values: &[f32; N],
+    ) {
+        // SAFETY: the caller's promise; the tile is dropped before this function returns.
+        let out = unsafe { self.tile(token, rows) };
+        self.put(out, values);
+    }
+
     /// Stores as many of `values` as there are places.
     #[inline(always)]
     fn put<const N: usize>(&self, out: &mut [f32], values: &[f32; N]) {

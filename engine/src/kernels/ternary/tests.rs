@@ -224,6 +224,41 @@ fn tall_matrices_with_few_tokens() {
 }
 
 #[test]
+fn many_tokens_and_threads() {
+    for (n_rows, n_cols, n_threads, n_tokens) in
+        [(700, 384, 3, 33), (300, 1408, 2, 9), (130, 256, 1, 100), (1000, 128, 2, 71), (9, 640, 4, 48)]
+    {
+        for is_extreme in [false, true] {
+            let (format, store) = (TernaryFormat::I2S, Store::Add);
+            check(&Case { format, n_rows, n_cols, n_tokens, n_threads, is_extreme, store, seed: 7 });
+        }
+    }
+}
+
+/// A file may have them, though no weight is 2: then it counts as that.
+#[test]
+fn codes_of_three_count_as_two() {
+    let mut random = Random(11);
+    let (n_rows, n_cols) = (37, 384);
+    let mut data = pack_tensor(TernaryFormat::I2S, &vec![0; n_rows * n_cols], n_cols, &|_| 1.25);
+    data[..n_rows * n_cols / 4].iter_mut().for_each(|byte| *byte = random.byte());
+    let matrix = TernaryMatrix::new(TernaryFormat::I2S, &data, n_rows, n_cols).unwrap();
+    for n_tokens in [1, 5, 12, 40] {
+        let (format, n_threads, is_extreme, store, seed) = (TernaryFormat::I2S, 2, false, Store::Set, 3);
+        let case = Case { format, n_rows, n_cols, n_tokens, n_threads, is_extreme, store, seed };
+        let acts = random_acts(&mut random, &case);
+        let mut out = vec![0.0; n_rows * n_tokens];
+        let expected = expected(&matrix, &acts, &out, Store::Set);
+        let pool = ThreadPool::new(PoolOptions::unpinned(n_threads)).unwrap();
+        for kernels in KernelSet::all_present() {
+            out.fill(0.0);
+            kernels.ternary_matmul(&pool, &acts, &mut [MatmulJob::new(matrix, &mut out, Store::Set)]);
+            assert_same(&out, &expected, &format!("{} {case:?}", kernels.isa()));
+        }
+    }
+}
+
+#[test]
 #[should_panic(expected = "columns of")]
 fn a_matrix_of_other_columns_is_refused() {
     let data = pack_tensor(TernaryFormat::I2S, &[0; 256], 256, &|_| 1.0);
