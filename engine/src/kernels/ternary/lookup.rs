@@ -70,7 +70,7 @@ impl std::fmt::Debug for LookupMatrix<'_> {
 }
 
 impl<'a> LookupMatrix<'a> {
-    /// Bytes of a matrix, a multiple of [`STRIP_BYTES`].
+    /// Bytes of a matrix, a whole number of strips.
     #[must_use]
     pub fn bytes_of(n_rows: usize, n_cols: usize) -> usize {
         n_rows.div_ceil(GROUP_ROWS) * n_strips(n_cols) * STRIP_BYTES
