@@ -541,7 +541,7 @@ impl ChunkSize {
         let rows = self.row_seconds.map_or(FIRST_CHUNK, |row| (target.as_secs_f64() / row) as usize);
         // Whole blocks of the products, about: a part of one costs more than its part.
         let all = (rows + n_decoding + BLOCK_TOKENS / 2) / BLOCK_TOKENS * BLOCK_TOKENS;
-        let rows = if all > n_decoding { all - n_decoding } else { rows };
+        let rows = if rows < BLOCK_TOKENS { rows } else { all - n_decoding.min(all) };
         rows.clamp(1, self.max)
     }
 
@@ -561,6 +561,9 @@ mod tests {
         assert_eq!(chunk.rows(STEP_TARGET, 0), FIRST_CHUNK);
         chunk.observe(8, Duration::from_millis(1));
         assert_eq!(chunk.rows(STEP_TARGET, 0), 256);
+        let mut chunk = ChunkSize::new(256);
+        chunk.observe(1, Duration::from_millis(3));
+        assert_eq!((chunk.rows(STEP_TARGET, 0), chunk.rows(STEP_TARGET, 5)), (96, 91));
         for _ in 0..20 {
             chunk.observe(1, Duration::from_secs(2));
         }
