@@ -531,12 +531,12 @@ impl ChunkSize {
         Self { max, row_seconds: None }
     }
 
+    /// Rows for a step that has `n_decoding` others.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "a positive number of rows, clamped right after"
     )]
-    /// Rows for a step that has `n_decoding` others.
     fn rows(&self, target: Duration, n_decoding: usize) -> usize {
         let rows = self.row_seconds.map_or(FIRST_CHUNK, |row| (target.as_secs_f64() / row) as usize);
         // Whole blocks of the products, about: a part of one costs more than its part.

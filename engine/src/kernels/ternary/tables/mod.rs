@@ -71,36 +71,41 @@ fn transposed<E: Copy + Default, const N: usize>(rows: &[[E; N]; N]) -> [[E; N];
 /// Multiplies the matrices of `jobs`, which [`suits`], with `acts`.
 pub(super) fn matmul(isa: Isa, pool: &ThreadPool, acts: &QuantizedRows, jobs: &[MatmulJob<'_>]) {
     let rows = Rows(jobs);
-    let blocks = blocks(acts.n_rows());
+    let blocks = Blocks(acts.n_rows());
     let split = Split::best(rows.len(), blocks.len(), pool.n_threads());
     pool.for_each_chunk(split.n_parts * split.n_groups, 1, &|_, units| {
         for unit in units {
             let (group, part) = (unit % split.n_groups, unit / split.n_groups);
             let of = |n: usize, i: usize, n_pieces: usize| i * n / n_pieces..(i + 1) * n / n_pieces;
-            let blocks = &blocks[of(blocks.len(), group, split.n_groups)];
-            let unit = Unit { acts, blocks, rows, part: of(rows.len(), part, split.n_parts) };
+            let group = of(blocks.len(), group, split.n_groups);
+            let unit = Unit { acts, blocks, group, rows, part: of(rows.len(), part, split.n_parts) };
             super::SCRATCH.with_borrow_mut(|scratch| unit.multiply(isa, &mut scratch.tables));
         }
     });
 }
 
-/// How the tokens are shared out.
-fn blocks(n_tokens: usize) -> Vec<Range<usize>> {
-    let mut blocks = Vec::with_capacity(n_tokens / BLOCK_TOKENS + 2);
-    let mut start = 0;
-    while start < n_tokens {
-        let left = n_tokens - start;
+/// So many tokens in blocks: whole ones, and for the rest one or, where they cost less, two smaller ones.
+#[derive(Clone, Copy)]
+struct Blocks(usize);
+
+impl Blocks {
+    fn len(self) -> usize {
         let [small, half] = SMALL_BLOCKS;
-        let n = match left {
-            _ if left <= small => small,
-            // Three quarters of a block cost less as one of a half and one of a quarter.
-            _ if left <= half + small => half,
-            _ => BLOCK_TOKENS,
-        };
-        blocks.push(start..n_tokens.min(start + n));
-        start += n;
+        let rest = self.0 % BLOCK_TOKENS;
+        let n_more = if rest == 0 { 0 } else { 1 + usize::from(rest > half && rest <= half + small) };
+        self.0 / BLOCK_TOKENS + n_more
     }
-    blocks
+
+    /// The tokens of a block.
+    fn get(self, block: usize) -> Range<usize> {
+        let [small, half] = SMALL_BLOCKS;
+        let (n_whole, rest) = (self.0 / BLOCK_TOKENS, self.0 % BLOCK_TOKENS);
+        let start = block.min(n_whole) * BLOCK_TOKENS + block.saturating_sub(n_whole) * half;
+        // Three quarters of a block cost less as one of a half and one of a quarter.
+        let is_first_of_two = block == n_whole && rest > half && rest <= half + small;
+        let n = if is_first_of_two { half } else { BLOCK_TOKENS };
+        start..self.0.min(start + n)
+    }
 }
 
 /// How rows and blocks are shared out among the threads.
@@ -162,9 +167,9 @@ mod tests {
     #[test]
     fn blocks_cover_the_tokens() {
         for n_tokens in 1..200 {
-            let blocks = blocks(n_tokens);
+            let blocks = Blocks(n_tokens);
             let mut end = 0;
-            for block in blocks {
+            for block in (0..blocks.len()).map(|block| blocks.get(block)) {
                 assert_eq!(block.start, end);
                 assert!(!block.is_empty() && block.len() <= BLOCK_TOKENS);
                 end = block.end;
@@ -179,7 +184,8 @@ mod tests {
             let split = Split::best(n_rows, n_blocks, n_threads);
             assert!(split.n_parts * split.n_groups >= n_threads.min(n_blocks * 8), "{split:?}");
             assert!(
-                n_rows.div_ceil(split.n_parts) * (2 + n_blocks.div_ceil(split.n_groups)) <= UNIT_LINES + 10,
+                n_rows.div_ceil(split.n_parts) * (2 + n_blocks.div_ceil(split.n_groups))
+                    <= UNIT_LINES + n_blocks + 2,
                 "{split:?}"
             );
         }

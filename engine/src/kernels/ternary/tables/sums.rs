@@ -9,7 +9,8 @@ use std::ops::Range;
 
 use super::codes::{Codes, LINE_BYTES, LINE_COLS, LINE_WORDS};
 use super::{
-    BATCH_COLS, BATCH_GROUPS, BLOCK_TOKENS, GROUP_COLS, Isa, Rows, SMALL_BLOCKS, TABLE_SUMS, transposed,
+    BATCH_COLS, BATCH_GROUPS, BLOCK_TOKENS, Blocks, GROUP_COLS, Isa, Rows, SMALL_BLOCKS, TABLE_SUMS,
+    transposed,
 };
 use crate::kernels::ternary::output::{TokenScale, exact_f32};
 use crate::kernels::ternary::quantized_rows::{BLOCK_LINES, Line, QuantizedRows};
@@ -37,8 +38,9 @@ pub(in super::super) struct Scratch {
 /// Some tokens times some rows.
 pub(super) struct Unit<'a, 'b> {
     pub(super) acts: &'a QuantizedRows,
-    /// Each at most [`BLOCK_TOKENS`].
-    pub(super) blocks: &'a [Range<usize>],
+    pub(super) blocks: Blocks,
+    /// Which blocks.
+    pub(super) group: Range<usize>,
     pub(super) rows: Rows<'a, 'b>,
     /// Which rows.
     pub(super) part: Range<usize>,
@@ -66,19 +68,19 @@ fn multiply_avx2(unit: &Unit<'_, '_>, scratch: &mut Scratch) {
 #[inline(always)]
 fn multiply(unit: &Unit<'_, '_>, scratch: &mut Scratch) {
     let n_rows = unit.part.len();
-    scratch.reset(n_rows, unit.blocks.len());
+    scratch.reset(n_rows, unit.group.len());
     for line in 0..unit.acts.n_cols().div_ceil(LINE_COLS) {
         unit.fill_codes(line, scratch);
-        for block in 0..unit.blocks.len() {
-            match unit.blocks[block].len() {
+        for block in 0..unit.group.len() {
+            match unit.tokens(block).len() {
                 n if n <= SMALL => add_line::<SMALL>(unit, block, line, scratch),
                 n if n <= HALF => add_line::<HALF>(unit, block, line, scratch),
                 _ => add_line::<BLOCK_TOKENS>(unit, block, line, scratch),
             }
         }
     }
-    for block in 0..unit.blocks.len() {
-        match unit.blocks[block].len() {
+    for block in 0..unit.group.len() {
+        match unit.tokens(block).len() {
             n if n <= SMALL => finish_block::<SMALL>(unit, block, scratch),
             n if n <= HALF => finish_block::<HALF>(unit, block, scratch),
             _ => finish_block::<BLOCK_TOKENS>(unit, block, scratch),
@@ -103,6 +105,12 @@ impl Scratch {
 }
 
 impl Unit<'_, '_> {
+    /// The tokens of a block of the group: at most [`BLOCK_TOKENS`].
+    #[inline(always)]
+    fn tokens(&self, block: usize) -> Range<usize> {
+        self.blocks.get(self.group.start + block)
+    }
+
     /// Brings a line of every row into codes.
     #[inline(always)]
     fn fill_codes(&self, line: usize, Scratch { codes, totals, .. }: &mut Scratch) {
@@ -116,8 +124,8 @@ impl Unit<'_, '_> {
     /// Adds the activations of a column to the totals of a row.
     #[cold]
     fn add_once_more(&self, row: usize, col: usize, totals: &mut [Line]) {
-        for (block, tokens) in self.blocks.iter().enumerate() {
-            let start = block * self.part.len();
+        for block in 0..self.group.len() {
+            let (tokens, start) = (self.tokens(block), block * self.part.len());
             let values = tokens.clone().map(|token| i32::from(self.acts.value(token, col)));
             match tokens.len() {
                 n if n <= SMALL => {
@@ -153,7 +161,7 @@ fn add_line<const T: usize>(unit: &Unit<'_, '_>, block: usize, line: usize, scra
     let sums: &mut [[i16; T]] = room(&mut scratch.sums[block * n_rows..], n_rows);
     let totals: &mut [[i32; T]] = room(&mut scratch.totals[2 * block * n_rows..], n_rows);
     let largest = &mut scratch.largest[block];
-    let lines = lines_of::<T>(unit.acts, &unit.blocks[block], line);
+    let lines = lines_of::<T>(unit.acts, &unit.tokens(block), line);
     let n_words = (unit.acts.n_cols() / BATCH_COLS - line * LINE_WORDS).min(LINE_WORDS);
     for word in 0..n_words {
         let values = values::<T>(&lines, word);
@@ -179,7 +187,7 @@ fn finish_block<const T: usize>(unit: &Unit<'_, '_>, block: usize, scratch: &mut
     let totals: &mut [[i32; T]] = room(&mut scratch.totals[2 * block * n_rows..], n_rows);
     add_up(totals, sums);
     for (job, place, rows) in unit.rows.pieces(unit.part.clone()) {
-        finish::<T>(unit, &unit.blocks[block], job, &totals[place..place + rows.len()], rows.start);
+        finish::<T>(unit, &unit.tokens(block), job, &totals[place..place + rows.len()], rows.start);
     }
 }
 
