@@ -10,7 +10,6 @@ those of autograd, its Adam with torch's, and the log-probabilities of the train
 """
 
 import argparse
-import importlib.util
 import json
 import lzma
 import os
@@ -22,6 +21,7 @@ import sys
 import tempfile
 import unittest
 
+import numpy
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,16 +30,8 @@ TINY = ["--layers", "2", "--width", "128", "--heads", "2", "--kv-heads", "1", "-
         "--steps", "12", "--say-every", "1", "--evaluate-every", "6", "--threads", "2", "--device", "cpu"]
 OPTIONS = None
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-train = load_script()
+sys.path.insert(0, str(ROOT / "models"))
+import bitnet, corpus, optimisers  # noqa: E401, E402
 
 
 class Arithmetic(unittest.TestCase):
@@ -54,7 +46,7 @@ class Arithmetic(unittest.TestCase):
         rounded = (twins[0] * factor).round().clamp(-128, 127) / factor
         straight = twins[0] + (rounded - twins[0]).detach()
         total, twin_total = 0.0, 0.0
-        for y, twin in zip(train.TernaryLinear.apply(x, *weights), twins[1:]):
+        for y, twin in zip(bitnet.TernaryLinear.apply(x, torch.float32, *weights), twins[1:]):
             mean = twin.detach().abs().mean()
             codes = (twin.detach() / mean).round().clamp(-1, 1) * mean
             expected = straight @ (twin + (codes - twin).detach()).T
@@ -66,19 +58,43 @@ class Arithmetic(unittest.TestCase):
             torch.testing.assert_close(tensor.grad, twin.grad, rtol=1e-3, atol=1e-2)
 
     def test_sums_of_the_ternary_product_are_exact(self):
-        values, codes = torch.randint(-128, 128, (7, 6912)), torch.randint(-1, 2, (9, 6912))
-        self.assertTrue(torch.equal((values.float() @ codes.float().T).long(), values @ codes.T))
+        for n_tokens in (7, 64):
+            values, codes = torch.randint(-128, 128, (n_tokens, 6912)), torch.randint(-1, 2, (16, 6912))
+            self.assertTrue(torch.equal(bitnet.exact_product(values.float(), codes.float()).long(), values @ codes.T))
+
+    def test_other_gradients_are_those_of_autograd(self):
+        def norm(x, weight):
+            return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+        def gated(gate, up):
+            return torch.nn.functional.relu(gate).square() * up
+
+        pairs = [
+            (lambda x, weight: bitnet.RMSNorm.apply(x, weight, 1e-5), norm, (2, 3, 64), (64,)),
+            (bitnet.GatedSquare.apply, gated, (2, 3, 64), (2, 3, 64)),
+            (lambda x, weight: bitnet.Head.apply(x, torch.float32, weight), lambda x, weight: x @ weight.T, (2, 3, 64), (96, 64)),
+        ]
+        for ours, twin, *sizes in pairs:
+            inputs = [torch.randn(size, requires_grad=True) for size in sizes]
+            copies = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+            y, expected = ours(*inputs), twin(*copies)
+            torch.testing.assert_close(y, expected)
+            direction = torch.randn_like(y)
+            (y * direction).sum().backward()
+            (expected * direction).sum().backward()
+            for tensor, copy in zip(inputs, copies):
+                torch.testing.assert_close(tensor.grad, copy.grad)
 
     def test_muon_makes_every_singular_value_about_one(self):
         for shape in ((4, 64, 64), (2, 64, 192)):
-            values = torch.linalg.svdvals(train.Muon({}).orthogonal(torch.randn(shape)))
+            values = torch.linalg.svdvals(optimisers.Muon({}).orthogonal(torch.randn(shape)))
             self.assertLess(values.max(), 1.3)
             self.assertGreater(values.median(), 0.65)
 
     def test_adam_is_that_of_torch(self):
         ours, theirs = torch.randn(5, 4, requires_grad=True), torch.nn.Parameter(torch.zeros(5, 4))
         theirs.data.copy_(ours.detach())
-        adam, twin = train.Adam({"w": ours.detach()}), torch.optim.Adam([theirs], lr=0.003, betas=train.Adam.BETAS, eps=train.Adam.EPSILON)
+        adam, twin = optimisers.Adam({"w": ours.detach()}), torch.optim.Adam([theirs], lr=0.003, betas=optimisers.Adam.BETAS, eps=optimisers.Adam.EPSILON)
         for _ in range(5):
             ours.grad = torch.randn(5, 4)
             theirs.grad = ours.grad.clone()
@@ -87,17 +103,17 @@ class Arithmetic(unittest.TestCase):
         torch.testing.assert_close(ours.detach(), theirs.detach())
 
     def test_rate_is_constant_and_then_goes_down_to_nothing(self):
-        self.assertEqual([train.rate_factor(step, 8) for step in range(9)], [1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+        self.assertEqual([optimisers.rate_factor(step, 8) for step in range(9)], [1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
     def test_texts_are_mended(self):
-        self.assertEqual(train.tidied("\u00e2\u20ac\u0153Hi,\u00e2\u20ac  it\u00e2\u20ac\u2122s \u201cme\u201d \u2013 x \n y"), "\"Hi,\" it's \"me\" - x\ny")
+        self.assertEqual(corpus.tidied("\u00e2\u20ac\u0153Hi,\u00e2\u20ac  it\u00e2\u20ac\u2122s \u201cme\u201d \u2013 x \n y"), "\"Hi,\" it's \"me\" - x\ny")
 
     def test_windows_follow_from_their_numbers(self):
-        stories = [train.numpy.arange(10 * n, 10 * n + 7) for n in range(20)]
-        windows, again = train.Windows(stories, 8, 3), train.Windows(stories, 8, 3)
+        stories = [numpy.arange(10 * n, 10 * n + 7) for n in range(20)]
+        windows, again = corpus.Windows(stories, 8, 3), corpus.Windows(stories, 8, 3)
         row = [windows.window(number).tolist() for number in range(2 * windows.per_epoch)]
         self.assertEqual(row, [again.window(number).tolist() for number in range(len(row))])
-        self.assertEqual(row[-1], train.Windows(stories, 8, 3).window(len(row) - 1).tolist())
+        self.assertEqual(row[-1], corpus.Windows(stories, 8, 3).window(len(row) - 1).tolist())
         first = [token for window in row[:windows.per_epoch] for token in window[:-1]]
         self.assertEqual(len(first), len(set(first)))
         self.assertNotEqual(row[0], row[windows.per_epoch])
@@ -111,7 +127,7 @@ class Script(unittest.TestCase):
         cls.texts.mkdir()
         for name, n_stories in (("generated", 300), ("tinystories_1", 200), ("storybooks", 20)):
             text = lzma.decompress((ROOT / "models" / "texts" / f"{name}.txt.xz").read_bytes()).decode()
-            some = train.STORY_END.join(text.split(train.STORY_END)[:n_stories])
+            some = corpus.STORY_END.join(text.split(corpus.STORY_END)[:n_stories])
             (cls.texts / f"{name}.txt").write_text(some, encoding="utf-8")
         cls.whole = cls.folder / "whole"
         done = cls.script("--out", cls.whole)
@@ -184,12 +200,12 @@ class Script(unittest.TestCase):
         prompt, run = "Once upon a time, there was", ["-n", "24", "--temp", "0", "--ignore-eos", "--logprobs", "1", "--json"]
         done = subprocess.run([OPTIONS.bitnetd, "-q", "run", "-m", gguf, "-p", prompt, *run], check=True, capture_output=True, timeout=600)
         answer = json.loads(done.stdout)
-        shape, weights = train.read_checkpoint(self.whole, torch.device("cpu"))
-        tokenizer = train.read_tokenizer(self.whole / "tokenizer.json", shape.n_vocab)
-        tokens = [train.BOS, *tokenizer.encode(prompt).ids]
+        shape, weights = bitnet.read_checkpoint(self.whole, torch.device("cpu"))
+        tokenizer = corpus.read_tokenizer(self.whole / "tokenizer.json", shape.n_vocab)
+        tokens = [bitnet.BOS, *tokenizer.encode(prompt).ids]
         self.assertEqual(len(tokens), answer["prompt_tokens"])
         with torch.no_grad():
-            scores = train.logits(weights, shape, torch.tensor([tokens + answer["token_ids"]]))[0].log_softmax(-1)
+            scores = bitnet.logits(weights, shape, torch.tensor([tokens + answer["token_ids"]]))[0].log_softmax(-1)
         apart = [abs(scores[len(tokens) - 1 + i, token].item() - found["logprob"])
                  for i, (token, found) in enumerate(zip(answer["token_ids"], answer["logprobs"]))]
         self.assertEqual(len(apart), 24)
