@@ -169,12 +169,11 @@ class Training:
             f"{options.steps} steps of {self.n_windows * self.shape.n_ctx} tokens on {self.device}, {torch.get_num_threads()} threads")
         if self.step:
             say(f"going on after step {self.step}")
-        with open(self.out / "losses.jsonl", "a", encoding="utf-8") as log:
+        with open(self.out / "losses.jsonl", "a", encoding="utf-8", buffering=1) as log:
             while self.step < options.steps:
                 self.some_steps(log)
                 is_end = self.step == options.steps
                 if interruption.has_come or is_end or self.step % options.save_every == 0:
-                    log.flush()
                     self.save_state()
                 if interruption.has_come and not is_end:
                     say(f"stopped after step {self.step}; --resume goes on")
@@ -248,10 +247,14 @@ def evaluate_checkpoint(options):
 
 
 def arguments():
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return int(text)
+    def at_least(smallest):
+        def number(text):
+            if int(text) < smallest:
+                raise argparse.ArgumentTypeError(f"{text} is less than {smallest}")
+            return int(text)
+        return number
+
+    positive = at_least(1)
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Exit codes: 0 ok, 1 failed, 2 wrong command line, 130 interrupted.")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -259,14 +262,14 @@ def arguments():
     what.add_argument("--evaluate", type=pathlib.Path, metavar="CHECKPOINT", help="print the held-out loss of a checkpoint, as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with the training in the folder of --out")
     parser.add_argument("--steps", type=positive, default=2325)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=at_least(0), default=1)
     parser.add_argument("--threads", type=positive, help="CPU threads [as many as there are cores]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--texts", type=pathlib.Path, default=HERE / "texts", metavar="FOLDER")
     parser.add_argument("--tokenizer", type=pathlib.Path, default=HERE / "tokenizer.json", metavar="FILE")
     parser.add_argument("--train-tokenizer", action="store_true", help="make the vocabulary anew, from the training texts")
     parser.add_argument("--save-every", type=positive, default=50, metavar="STEPS", help="how often the state for --resume is saved [50]")
-    parser.add_argument("--evaluate-every", type=int, default=250, metavar="STEPS", help="how often the held-out loss is taken; 0: at the end only [250]")
+    parser.add_argument("--evaluate-every", type=at_least(0), default=250, metavar="STEPS", help="how often the held-out loss is taken; 0: at the end only [250]")
     parser.add_argument("--say-every", type=positive, default=10, metavar="STEPS", help="how often progress is shown [10]")
     parser.add_argument("--batch-tokens", type=positive, default=4096)
     parser.add_argument("--muon-rate", type=float, default=0.02, help="learning rate of the ternary matrices [0.02]")
@@ -304,7 +307,7 @@ def main():
     torch.utils.deterministic.fill_uninitialized_memory = False  # Nothing here reads memory that it has not written.
     try:
         return evaluate_checkpoint(options) if options.evaluate else Training(options).run()
-    except Problem as problem:
+    except (Problem, OSError) as problem:
         print(f"train.py: {problem}", file=sys.stderr)
         return 1
 

@@ -199,6 +199,11 @@ class Script(unittest.TestCase):
         subprocess.run([OPTIONS.bitnetd, "-q", "model", "convert", self.whole, gguf], check=True, timeout=600)
         prompt, run = "Once upon a time, there was", ["-n", "24", "--temp", "0", "--ignore-eos", "--logprobs", "1", "--json"]
         done = subprocess.run([OPTIONS.bitnetd, "-q", "run", "-m", gguf, "-p", prompt, *run], check=True, capture_output=True, timeout=600)
+        # The vocabulary that is beside the script is that of the built-in model.
+        made, built_in = gguf.read_bytes(), (ROOT / "models" / "story.gguf").read_bytes()
+        vocabulary = made[made.index(b"tokenizer.ggml.tokens"):made.index(b"tokenizer.ggml.bos_token_id")]
+        self.assertGreater(len(vocabulary), 50_000)
+        self.assertIn(vocabulary, built_in)
         answer = json.loads(done.stdout)
         shape, weights = bitnet.read_checkpoint(self.whole, torch.device("cpu"))
         tokenizer = corpus.read_tokenizer(self.whole / "tokenizer.json", shape.n_vocab)
@@ -234,7 +239,9 @@ class Script(unittest.TestCase):
         (empty / "poems.txt").write_text("a")
         self.fails("the name must begin with one of", "--out", new, "--texts", empty)
         self.assertFalse(new.exists(), "a refused training leaves a folder")
-        self.assertEqual(self.script("--out", new, "--steps", "0").returncode, 2)
+        self.fails("Not a directory", "--out", empty / "poems.txt")
+        for wrong in (["--steps", "0"], ["--seed", "-1"], ["--resume", "--evaluate", new]):
+            self.assertEqual(self.script("--out", new, *wrong).returncode, 2, wrong)
 
 
 if __name__ == "__main__":
