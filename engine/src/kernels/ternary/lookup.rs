@@ -1,4 +1,4 @@
-//! A ternary matrix as indices of tables: what up to eight tokens read of it.
+//! A ternary matrix as indices of tables: what up to eight tokens read of it, and a part of the rows with many.
 //!
 //! Three weights have 27 values, and what they add to the sum of a row is one of 27 numbers that are the same for all
 //! rows: a table of 32 sums of 16 bits, one register. So a weight is not unpacked and multiplied; three of them are an

@@ -76,8 +76,8 @@ impl<'a> MatmulJob<'a> {
         Self { matrix, lookup: None, out: Output::new(out, matrix.n_rows(), store) }
     }
 
-    /// The same weights as indices of tables, if they are there: read instead for a few tokens, where
-    /// [`KernelSet::reads_image`].
+    /// The same weights as indices of tables, if they are there: read instead for a few tokens, and for a part of the rows
+    /// for many, where [`KernelSet::reads_image`].
     ///
     /// # Panics
     /// If the shape is another one.
@@ -97,7 +97,7 @@ const TILE_ROWS: usize = 16;
 /// Rows of `TQ1_0` that are brought into two-bit codes at once.
 const REPACKED_ROWS: usize = 2 * TILE_ROWS;
 
-/// With more tokens the AVX-512 path wants 32 rows at a time, and no tables.
+/// With more tokens the AVX-512 path wants 32 rows at a time.
 const FEW_TOKENS: usize = 8;
 
 /// Bytes of weights in a chunk of work, about: many times the price of claiming it.
@@ -123,6 +123,11 @@ impl KernelSet {
         #[cfg(target_arch = "x86_64")]
         if self.reads_image_for(acts.n_rows()) && jobs.iter().all(|job| job.lookup.is_some()) {
             return self.ternary_lookup(pool, acts, jobs);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512Vnni && avx512::mixed::suits(acts, jobs) {
+            // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
+            return unsafe { avx512::mixed::matmul(pool, acts, jobs) };
         }
         if tables::suits(self.isa, acts, jobs) {
             return tables::matmul(self.isa, pool, acts, jobs);
@@ -302,5 +307,7 @@ struct Scratch {
     panel: Vec<Line>, // As the instruction set likes it.
     #[cfg(target_arch = "x86_64")]
     lookup: avx512::lookup::Scratch,
+    #[cfg(target_arch = "x86_64")]
+    mixed: avx512::mixed::Scratch,
     tables: tables::Scratch,
 }

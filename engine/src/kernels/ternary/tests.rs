@@ -225,9 +225,15 @@ fn tall_matrices_with_few_tokens() {
 
 #[test]
 fn many_tokens_and_threads() {
-    for (n_rows, n_cols, n_threads, n_tokens) in
-        [(700, 384, 3, 33), (300, 1408, 2, 9), (130, 256, 1, 100), (1000, 128, 2, 71), (9, 640, 4, 48)]
-    {
+    for (n_rows, n_cols, n_threads, n_tokens) in [
+        (700, 384, 3, 33),
+        (300, 1408, 2, 9),
+        (130, 256, 1, 100),
+        (1000, 128, 2, 71),
+        (9, 640, 4, 48),
+        (513, 1152, 1, 32),
+        (290, 512, 5, 75),
+    ] {
         for is_extreme in [false, true] {
             let (format, store) = (TernaryFormat::I2S, Store::Add);
             check(&Case { format, n_rows, n_cols, n_tokens, n_threads, is_extreme, store, seed: 7 });

@@ -142,7 +142,7 @@ unsafe fn finish(jobs: &[MatmulJob<'_>], group: usize, dots: &[i32; GROUP_ROWS],
 }
 
 /// The job that a group belongs to, and which of its groups it is.
-fn locate<'j, 'a>(
+pub(super) fn locate<'j, 'a>(
     jobs: &'j [MatmulJob<'a>],
     mut group: usize,
 ) -> Option<(&'j MatmulJob<'a>, LookupMatrix<'a>, usize)> {

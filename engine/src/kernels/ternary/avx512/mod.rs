@@ -20,6 +20,7 @@ use crate::kernels::x86_avx512::horizontal_sums;
 
 pub(super) mod columns; // One token, the columns that are not zero.
 pub(super) mod lookup; // Up to eight tokens, by tables.
+pub(super) mod mixed; // Many tokens, by both at once.
 mod panel; // Many tokens: 32 rows unpacked and transposed.
 
 /// Up to so many tokens no panel is made.

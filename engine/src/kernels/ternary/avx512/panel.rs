@@ -19,11 +19,11 @@ const TOKENS_MAX: usize = 12;
 const TILES: usize = 2;
 
 /// Rows of a panel.
-const PANEL_ROWS: usize = TILES * TILE_ROWS;
+pub(super) const PANEL_ROWS: usize = TILES * TILE_ROWS;
 
 /// Bytes of panels that are multiplied with a group of tokens before the next group comes: together with the
 /// group they stay in the L2 cache, and the group's outputs are written in longer pieces.
-const PANELS_BYTES: usize = 384 << 10;
+pub(super) const PANELS_BYTES: usize = 384 << 10;
 
 /// Columns whose products one lane of one instruction adds up.
 const STEP_COLS: usize = 4;
@@ -186,7 +186,12 @@ fn multiply<const T: usize>(
 
 /// Unpacks 16 rows from `first` into tile `tile` of a panel. Past the last row it repeats that.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn unpack<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, tile: usize, panel: &mut [Line]) {
+pub(super) fn unpack<const REVERSED: bool>(
+    rows: PackedRows<'_>,
+    first: usize,
+    tile: usize,
+    panel: &mut [Line],
+) {
     let starts = rows.starts::<TILE_ROWS>(first);
     let blocks = panel.chunks_exact_mut(BLOCK_STEPS * TILES);
     for (block, panel) in (0..rows.n_blocks()).zip(blocks) {
@@ -221,7 +226,7 @@ fn unpack<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, tile: usize,
 /// Register `i` of the result has the 32-bit lanes `i` of all 16 registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
+pub(super) fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
     // Of four rows each: for each place in a 128-bit lane, the four rows' values.
     let mut quads = [[_mm512_setzero_si512(); 4]; 4];
     for (quad, out) in quads.iter_mut().enumerate() {
