@@ -18,6 +18,7 @@ mod x86_avx2; // `vpmaddubsw`.
 #[cfg(target_arch = "x86_64")]
 mod x86_avx512; // `vpdpbusd`.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::KernelSet;
@@ -25,14 +26,14 @@ use super::float::shared_out::SharedOut;
 use crate::dense::DenseMatrix;
 use crate::head::{FastHead, Wanted};
 use crate::pool::ThreadPool;
-use screen::Screen;
-use settle::Settle;
+use screen::{BLOCK_ROWS, Screen};
+use settle::{Settle, ones, second_half};
 
 /// Input rows that are screened together; more go one group after the other.
 const TOKENS_MAX: usize = 8;
 
 /// Rows of the head in a chunk of work that computes what matters.
-const SETTLE_ROWS: usize = 512;
+const SETTLE_ROWS: usize = 1024;
 
 /// Room for one call, allocated once.
 #[derive(Debug)]
@@ -124,14 +125,34 @@ impl KernelSet {
             // SAFETY: the threads are done.
             *floor = unsafe { settle.floor(seeds, scores) };
         }
-        let n_chunks = n_vocab.div_ceil(SETTLE_ROWS);
-        pool.for_each_chunk(n * n_chunks, 1, &|thread, items| {
+        pool.for_each_chunk(n_vocab.div_ceil(SETTLE_ROWS), 1, &|thread, items| {
             let mut list = lists[thread].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             for item in items {
-                let (i, first) = (item / n_chunks, item % n_chunks * SETTLE_ROWS);
-                let rows = first..n_vocab.min(first + SETTLE_ROWS);
-                // SAFETY: each chunk of rows of each input comes up once.
-                unsafe { of(i).settle(self, floors[i], rows, &mut list) };
+                let end = n_vocab.min((item + 1) * SETTLE_ROWS);
+                let block = |first: usize| first..end.min(first + BLOCK_ROWS);
+                // Rows that may matter lie scattered: those of the next block are fetched while one is settled.
+                let fetch = |rows: Range<usize>| {
+                    let mut open = [0; TOKENS_MAX];
+                    for (i, open) in open.iter_mut().enumerate().take(n) {
+                        // SAFETY: each chunk of rows comes up once.
+                        *open = unsafe { of(i).open(floors[i], rows.clone()) };
+                    }
+                    for i in ones(open.iter().fold(0, |any, open| any | open)) {
+                        self.prefetch(second_half(fast, rows.start + i));
+                    }
+                    open
+                };
+                let mut next = fetch(block(item * SETTLE_ROWS));
+                for first in (item * SETTLE_ROWS..end).step_by(BLOCK_ROWS) {
+                    let open = next;
+                    if first + BLOCK_ROWS < end {
+                        next = fetch(block(first + BLOCK_ROWS));
+                    }
+                    for (i, open) in open.into_iter().enumerate().take(n) {
+                        // SAFETY: each chunk of rows comes up once.
+                        unsafe { of(i).settle(self, floors[i], (block(first), open), &mut list) };
+                    }
+                }
             }
         });
     }

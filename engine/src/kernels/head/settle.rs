@@ -82,7 +82,22 @@ impl Settle<'_> {
         }
     }
 
-    /// Replaces the bounds of some rows by exact logits, or by minus infinity where they cannot matter.
+    /// Which of at most [`BLOCK_ROWS`] rows may matter by their bounds, the first in the lowest bit.
+    ///
+    /// # Safety
+    /// Nobody else uses the logits of these rows meanwhile.
+    pub(super) unsafe fn open(&self, floor: f32, rows: Range<usize>) -> u64 {
+        // SAFETY: the caller's promise.
+        let bounds = unsafe { self.logits.part(self.offset + rows.start, rows.len()) };
+        let mut open = 0;
+        for (i, bound) in bounds.iter().enumerate() {
+            open |= u64::from(may_reach(*bound, floor)) << i;
+        }
+        open
+    }
+
+    /// Replaces the bounds of these rows, of which some are [`Self::open`], by exact logits, or by minus infinity where they
+    /// cannot matter.
     ///
     /// # Safety
     /// Nobody else uses the logits of these rows meanwhile.
@@ -90,40 +105,45 @@ impl Settle<'_> {
         &self,
         kernels: KernelSet,
         floor: f32,
-        rows: Range<usize>,
+        (rows, open): (Range<usize>, u64),
         list: &mut Vec<u32>,
     ) {
         // SAFETY: the caller's promise.
         let logits = unsafe { self.logits.part(self.offset + rows.start, rows.len()) };
-        let row_bytes = self.fast.half(1).len() / self.fast.n_rows();
         list.clear();
-        for (bounds, first) in logits.chunks(16).zip(rows.clone().step_by(16)) {
-            let is_any = bounds.iter().fold(false, |is_any, bound| is_any | may_reach(*bound, floor));
-            if is_any {
-                let open = bounds.iter().zip(first..).filter(|(bound, _)| may_reach(**bound, floor));
-                list.extend(open.map(|(_, row)| row as u32));
+        for i in ones(open) {
+            // Neither what is to be computed anyway, nor what has no bound, is looked at again.
+            if !logits[i].is_finite() || self.reaches(kernels, rows.start + i, floor) {
+                list.push((rows.start + i) as u32);
             }
         }
-        for row in &*list {
-            kernels.prefetch(&self.fast.half(1)[*row as usize * row_bytes..][..row_bytes]);
-        }
-        list.retain(|row| {
-            let row = *row as usize;
-            let bound = logits[row - rows.start];
-            // Neither what is to be computed anyway, nor what has no bound.
-            if !bound.is_finite() {
-                return true;
-            }
-            let codes = &self.fast.half(1)[row * row_bytes..][..row_bytes];
-            let [[second]] = kernels.head_sums([codes], [self.screened.codes]);
-            let sum = self.screened.sums[row];
-            let [logit, deviation] = self.screened.input.approximate(self.fast, row, sum, Some(second));
-            may_reach(self.wanted.score(row as u32, logit + N_DEVIATIONS * deviation), floor)
-        });
         logits.fill(f32::NEG_INFINITY);
         // SAFETY: the rows of the list are among these, and the slice above is used no more.
         unsafe { kernels.dense_gather(self.exact, list, self.x, (self.logits, self.offset)) };
     }
+
+    /// Whether a row may matter by both halves of its codes.
+    fn reaches(&self, kernels: KernelSet, row: usize, floor: f32) -> bool {
+        let [[second]] = kernels.head_sums([second_half(self.fast, row)], [self.screened.codes]);
+        let sum = self.screened.sums[row];
+        let [logit, deviation] = self.screened.input.approximate(self.fast, row, sum, Some(second));
+        may_reach(self.wanted.score(row as u32, logit + N_DEVIATIONS * deviation), floor)
+    }
+}
+
+/// The second half of the codes of a row.
+pub(super) fn second_half<'a>(fast: &FastHead<'a>, row: usize) -> &'a [u8] {
+    let row_bytes = fast.half(1).len() / fast.n_rows();
+    &fast.half(1)[row * row_bytes..][..row_bytes]
+}
+
+/// The places of the bits that are set.
+pub(super) fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lowest = (bits != 0).then_some(bits.trailing_zeros() as usize);
+        bits &= bits.wrapping_sub(1);
+        lowest
+    })
 }
 
 /// What is no number may.
