@@ -320,7 +320,7 @@ impl Engine {
         if self.running.iter().chain(&self.waiting).any(|sequence| sequence.id == id) {
             return Err(SubmitError::DuplicateId(id));
         }
-        self.waiting.push_back(Sequence::new(id, request, self.n_ctx, n_vocab)?);
+        self.waiting.push_back(Sequence::new(id, request, &self.tokenizer, self.n_ctx, n_vocab)?);
         Ok(())
     }
 

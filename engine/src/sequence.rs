@@ -152,11 +152,13 @@ impl Sequence {
     pub(crate) fn new(
         id: SequenceId,
         request: SequenceRequest,
+        tokenizer: &Tokenizer,
         n_ctx: usize,
         n_vocab: usize,
     ) -> Result<Self, SamplingError> {
         let sampler = Sampler::new(request.sampling, n_vocab)?;
         let n_prompt = request.prompt.len();
+        let detokenizer = request.prompt.last().map(|last| Detokenizer::after(tokenizer, *last));
         let n_history_max = n_prompt.saturating_add(request.max_tokens).min(n_ctx);
         let mut history = request.prompt;
         history.reserve_exact(n_history_max.saturating_sub(n_prompt));
@@ -174,7 +176,7 @@ impl Sequence {
             ignore_eos: request.ignore_eos,
             guesser: Guesser::new(),
             text: TextStream {
-                detokenizer: Detokenizer::new(),
+                detokenizer: detokenizer.unwrap_or_default(),
                 stop: StopMatcher::new(&request.stop),
                 whole: String::with_capacity(TEXT_BYTES),
             },

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use bitnetd_engine::chat::ChatTemplate;
 use bitnetd_engine::gguf::Gguf;
 use bitnetd_engine::mapping::Mapping;
-use bitnetd_engine::tokenizer::{Detokenizer, PreTokenizer, Special, TokenKind, Tokenizer, TokenizerOptions};
+use bitnetd_engine::tokenizer::{
+    Detokenizer, PreTokenizer, Special, Splitting, TokenKind, Tokenizer, TokenizerOptions,
+};
 use serde_json::Value;
 
 fn golden(name: &str) -> PathBuf {
@@ -52,16 +54,9 @@ fn from_tokenizer_json(path: &Path) -> Tokenizer {
     }
     let merges: Vec<String> =
         spec["model"]["merges"].as_array().unwrap().iter().map(|pair| strings_of(pair).join(" ")).collect();
-    let options = TokenizerOptions {
-        pre_tokenizer: PreTokenizer::LlamaBpe,
-        ignore_merges: true,
-        bos: None,
-        eos: None,
-        adds_bos: false,
-        ends: Vec::new(),
-    };
-    let merges = merges.iter().map(String::as_str);
-    Tokenizer::from_parts(tokens.iter().map(String::as_str), kinds, merges, options).unwrap()
+    let splitting = Splitting { pre_tokenizer: PreTokenizer::LlamaBpe, ignore_merges: true };
+    let (tokens, merges) = (tokens.iter().map(String::as_str), merges.iter().map(String::as_str));
+    Tokenizer::from_merges(tokens, kinds, merges, splitting, TokenizerOptions::default()).unwrap()
 }
 
 fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
@@ -91,6 +86,55 @@ fn assert_golden(tokenizer: &Tokenizer, file: &str) {
 #[test]
 fn tiny_tokenizer_gives_the_ids_of_tokenizers() {
     assert_golden(&from_tokenizer_json(&golden("tiny/tokenizer.json")), "tokenizer_tiny.json");
+}
+
+/// The pieces that the script trained, and its user-defined token.
+fn from_golden_pieces(golden: &Value, adds_space_prefix: bool) -> Tokenizer {
+    let pieces = golden["pieces"].as_array().unwrap();
+    let kind_of = |piece: &Value| i32::try_from(piece[2].as_i64().unwrap()).ok().and_then(TokenKind::from_id);
+    let tokens = pieces.iter().map(|piece| piece[0].as_str().unwrap()).chain(["<tool>"]);
+    let kinds = pieces.iter().map(|piece| kind_of(piece).unwrap()).chain([TokenKind::UserDefined]).collect();
+    #[expect(clippy::cast_possible_truncation, reason = "they were f32 before they were text")]
+    let scores = pieces.iter().map(|piece| piece[1].as_f64().unwrap() as f32).chain([0.0]).collect();
+    Tokenizer::from_pieces(tokens, kinds, scores, adds_space_prefix, TokenizerOptions::default()).unwrap()
+}
+
+#[test]
+fn pieces_give_the_ids_of_sentencepiece_and_tokenizers() {
+    let golden = read_json(&golden("tokenizer_spm.json"));
+    let (tokenizer, bare) = (from_golden_pieces(&golden, true), from_golden_pieces(&golden, false));
+    let cases = golden["cases"].as_array().unwrap();
+    assert!(cases.len() > 500, "{} cases", cases.len());
+    for (case, ids_without_prefix) in cases.iter().zip(golden["ids_without_prefix"].as_array().unwrap()) {
+        let text = case["text"].as_str().unwrap();
+        let ids = ids_of(&case["ids"]);
+        // sentencepiece knows of no token that was added later; tokenizers does.
+        let plain = case.get("ids_as_text").map_or_else(|| ids.clone(), ids_of);
+        let parsed = case.get("ids_parsed").map_or_else(|| plain.clone(), ids_of);
+        assert_eq!(tokenizer.encode(text, Special::AsText, false).unwrap(), plain, "as text: {text:?}");
+        assert_eq!(tokenizer.encode(text, Special::Parse, false).unwrap(), parsed, "{text:?}");
+        let decoded = case.get("decoded").map_or(text, |decoded| decoded.as_str().unwrap());
+        assert_eq!(
+            (decode(&tokenizer, &ids), decode(&tokenizer, &plain)),
+            (decoded.to_owned(), decoded.to_owned())
+        );
+        if plain == ids {
+            let ids = bare.encode(text, Special::AsText, false).unwrap();
+            assert_eq!(ids, ids_of(ids_without_prefix), "without prefix: {text:?}");
+            assert_eq!(decode(&bare, &ids), decoded);
+        }
+    }
+}
+
+#[test]
+fn tokens_that_a_model_chooses_are_the_text_of_sentencepiece() {
+    let golden = read_json(&golden("tokenizer_spm.json"));
+    let tokenizer = from_golden_pieces(&golden, true);
+    let sampled = golden["sampled"].as_array().unwrap();
+    assert!(sampled.len() >= 60, "{} cases", sampled.len());
+    for case in sampled {
+        assert_eq!(decode(&tokenizer, &ids_of(&case[0])), case[1].as_str().unwrap(), "{}", case[0]);
+    }
 }
 
 #[test]

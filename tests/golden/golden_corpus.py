@@ -1,5 +1,8 @@
 """Texts that are hard on a tokenizer, and prompts for the story model."""
 
+import json
+import random
+
 # Each entry is encoded twice: once with special tokens recognised, once with them as plain text.
 NASTY = [
     "",
@@ -111,3 +114,24 @@ STORY_LONG = (
     "with it?\" The ball was happy and said, \"Yes, I can play with you!\" So, they both played with the ball together. "
     "They were all very happy and played all day long.\n"
 )
+
+
+def texts():
+    rng = random.Random(20261122)
+    drawn = ["".join(rng.choice(BLOCKS) for _ in range(rng.randint(2, 24))) for _ in range(N_RANDOM)]
+    return NASTY + drawn
+
+
+def write_json(path, value):
+    """Writes one line per entry of the outermost lists, so that a change is readable as a diff."""
+    def dump(v):
+        return json.dumps(v, ensure_ascii=True, separators=(",", ":"))
+
+    lines = []
+    for key, entry in value.items():
+        if isinstance(entry, list):
+            lines.append(f"{dump(key)}:[\n" + ",\n".join(dump(e) for e in entry) + "\n]")
+        else:
+            lines.append(f"{dump(key)}:{dump(entry)}")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(path, path.stat().st_size)

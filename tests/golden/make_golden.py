@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers.integrations.bitnet import pack_weights
 
 import golden_corpus as corpus
+from golden_corpus import texts, write_json
 
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -30,28 +31,7 @@ N_TOP = 10
 N_GREEDY = 64
 
 
-def write_json(path, value):
-    """Writes one line per entry of the outermost lists, so that a change is readable as a diff."""
-    def dump(v):
-        return json.dumps(v, ensure_ascii=True, separators=(",", ":"))
-
-    lines = []
-    for key, entry in value.items():
-        if isinstance(entry, list):
-            lines.append(f"{dump(key)}:[\n" + ",\n".join(dump(e) for e in entry) + "\n]")
-        else:
-            lines.append(f"{dump(key)}:{dump(entry)}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(path, path.stat().st_size)
-
-
 # --- Tokenizers ------------------------------------------------------------------------------------------------
-
-
-def texts():
-    rng = random.Random(20261122)
-    drawn = ["".join(rng.choice(corpus.BLOCKS) for _ in range(rng.randint(2, 24))) for _ in range(corpus.N_RANDOM)]
-    return corpus.NASTY + drawn
 
 
 def train_tokenizer(vocab_size):

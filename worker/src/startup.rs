@@ -116,6 +116,9 @@ impl StartError {
             Self::IsaNotPresent(_) => error.with_hint("use `isa = \"auto\"`"),
             Self::Lock(_) => error.with_hint(CannotLock::HINT),
             Self::Memory(refusal) => error.with_hint(refusal.hint()),
+            Self::Engine(EngineError::Tokenizer(_)) => error.with_hint(
+                "`bitnetd model verify FILE` says more; docs/tokenizer.md lists the vocabularies that are supported",
+            ),
             Self::Engine(EngineError::ContextTooLong { .. }) => error.with_hint("leave `engine.ctx` out"),
             Self::Sandbox(_) => error.with_hint(
                 "`security.confinement = \"auto\"` takes what the kernel has; docs/security.md says what is lost",

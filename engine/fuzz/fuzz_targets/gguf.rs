@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bitnetd_engine::gguf::{Gguf, GgufWriter, Value};
 use bitnetd_engine::inspect::{ModelInfo, verify};
 use bitnetd_engine::mapping::Mapping;
+use bitnetd_engine::tokenizer::{Detokenizer, Special, Tokenizer};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -38,9 +39,26 @@ fn check(gguf: Arc<Gguf>) {
             assert_eq!(strings.iter().count(), strings.len());
         }
     }
+    match Tokenizer::from_gguf(&gguf) {
+        Ok(tokenizer) => check_vocabulary(&tokenizer),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
     let info = ModelInfo::new(&gguf);
     let found = verify(&gguf, &mut |_| ());
     assert!(info.is_supported || !found.problems.is_empty());
+}
+
+/// Text comes back from any vocabulary that is accepted, whatever its tokens are called.
+fn check_vocabulary(tokenizer: &Tokenizer) {
+    let text = " Once  upon a\ttime,\n\u{4e2d}\u{1f600}e\u{301} <0x41> \0 <s>";
+    let ids = tokenizer.encode(text, Special::AsText, false).expect("it is short");
+    let (mut detokenizer, mut decoded) = (Detokenizer::new(), String::new());
+    ids.iter().for_each(|id| detokenizer.push(tokenizer, *id, &mut decoded));
+    detokenizer.flush(&mut decoded);
+    assert_eq!(decoded, text);
+    for id in (0..).take(tokenizer.n_vocab()) {
+        detokenizer.push(tokenizer, id, &mut decoded);
+    }
 }
 
 fn write(gguf: &Gguf) -> Vec<u8> {

@@ -1,7 +1,7 @@
 //! Chat templates: who may write control tokens, what is refused, what is replaced.
 
 use super::*;
-use crate::tokenizer::{PreTokenizer, Special, TokenKind, TokenizerOptions};
+use crate::tokenizer::{PreTokenizer, Special, Splitting, TokenKind, TokenizerOptions};
 
 const LLAMA3: &str = "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}\
     {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}\
@@ -25,16 +25,10 @@ fn tokenizer() -> Tokenizer {
     kinds[259] = TokenKind::UserDefined;
     tokens.extend(CONTROLS.map(str::to_owned));
     kinds.extend(CONTROLS.map(|_| TokenKind::Control));
-    let options = TokenizerOptions {
-        pre_tokenizer: PreTokenizer::LlamaBpe,
-        ignore_merges: true,
-        bos: Some(260),
-        eos: Some(265),
-        adds_bos: true,
-        ends: vec![265],
-    };
-    let merges = ["Ġ h", "Ġh i", "h i"];
-    Tokenizer::from_parts(tokens.iter().map(String::as_str), kinds, merges.into_iter(), options).unwrap()
+    let splitting = Splitting { pre_tokenizer: PreTokenizer::LlamaBpe, ignore_merges: true };
+    let options = TokenizerOptions { bos: Some(260), eos: Some(265), adds_bos: true, ends: vec![265] };
+    let (tokens, merges) = (tokens.iter().map(String::as_str), ["Ġ h", "Ġh i", "h i"].into_iter());
+    Tokenizer::from_merges(tokens, kinds, merges, splitting, options).unwrap()
 }
 
 fn user(content: &str) -> Vec<Message> {

@@ -5,25 +5,47 @@ use super::{TokenKind, Tokenizer};
 /// Keeps the bytes of a character that is not complete yet.
 ///
 /// What comes out in all is what `String::from_utf8_lossy` makes of all the bytes: a byte sequence that can be no
-/// character becomes U+FFFD. Control tokens say nothing.
-#[derive(Clone, Debug, Default)]
+/// character becomes U+FFFD. Control tokens say nothing. The space that a SentencePiece vocabulary puts in front of a
+/// text is taken away again.
+#[derive(Clone, Debug)]
 pub struct Detokenizer {
-    pending: Vec<u8>, // At most three bytes between calls: the start of a character.
+    pending: Vec<u8>,     // At most three bytes between calls: the start of a character.
+    expects_prefix: bool, // Nothing was said yet since the text began, or since a special token that is text.
+}
+
+impl Default for Detokenizer {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Detokenizer {
-    /// Nothing pending.
+    /// For a text from its start.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        Self { pending: Vec::new(), expects_prefix: true }
+    }
+
+    /// For what follows `token`: after ordinary text the text goes on, after a special token it begins.
+    #[must_use]
+    pub fn after(tokenizer: &Tokenizer, token: u32) -> Self {
+        let is_text = matches!(tokenizer.kind(token), Some(TokenKind::Normal | TokenKind::Byte));
+        Self { pending: Vec::new(), expects_prefix: !is_text }
     }
 
     /// Appends to `text` what is certain after token `id`.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: u32, text: &mut String) {
         match tokenizer.kind(id) {
             None | Some(TokenKind::Control | TokenKind::Unknown | TokenKind::Unused) => {}
-            Some(TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte) => {
+            Some(TokenKind::UserDefined) => {
                 self.push_bytes(tokenizer.token_bytes(id), text);
+                self.expects_prefix = true;
+            }
+            Some(TokenKind::Normal | TokenKind::Byte) => {
+                let bytes = tokenizer.token_bytes(id);
+                let has_prefix = self.expects_prefix && tokenizer.may_start_with_prefix(id);
+                self.push_bytes(&bytes[usize::from(has_prefix)..], text);
+                self.expects_prefix = false;
             }
         }
     }

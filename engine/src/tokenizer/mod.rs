@@ -1,29 +1,36 @@
-//! Byte-level BPE over the vocabulary of a GGUF file: text to token ids and back.
+//! The vocabulary of a GGUF file: text to token ids and back, by byte-level BPE or SentencePiece BPE.
 //!
-//! The ids are those of the `tokenizers` library and of llama.cpp for the pre-tokenizers that are supported; any
-//! other is refused by name, never approximated. `docs/tokenizer.md` says what is exact and what is refused.
+//! The ids are those of the `tokenizers` and `sentencepiece` libraries and of llama.cpp for the vocabularies that are
+//! supported; any other is refused by name, never approximated. `docs/tokenizer.md` says what is exact and what is
+//! refused.
 
-mod byte_level;
-mod detokenizer;
-mod merge;
-mod pre_tokenizer;
-mod special;
-mod stop;
-mod vocabulary;
-
-use crate::gguf::{Gguf, GgufError, Metadata};
+mod byte_level; // The alphabet of byte-level vocabularies.
+mod detokenizer; // Tokens to text.
+mod error; // What can be wrong with a vocabulary.
+mod file; // A vocabulary's keys in a model file.
+mod merge; // Merging of neighbours, of either kind.
+mod merges; // By rank, as byte-level BPE does.
+mod pieces; // By score, as SentencePiece does.
+mod pre_tokenizer; // How text is split before byte-level BPE.
+mod special; // Tokens that are found in the text beforehand.
+mod stop; // Stop strings.
+mod vocabulary; // Tokens by number and by bytes.
 
 #[cfg(test)]
 pub(crate) use byte_level::char_of_byte;
 pub use detokenizer::Detokenizer;
+pub use error::TokenizerError;
+pub use pieces::PIECE_BYTES_MAX;
 pub use pre_tokenizer::PreTokenizer;
 pub use special::Special;
 pub use stop::StopMatcher;
 pub use vocabulary::TokenKind;
 
 use merge::MergeScratch;
+use merges::Merges;
+use pieces::{Pieces, SPACE_SYMBOL};
 use special::{Segment, SpecialTokens};
-use vocabulary::Vocabulary;
+use vocabulary::{Spelling, Vocabulary};
 
 /// Longest text that [`Tokenizer::encode`] takes, in bytes.
 pub const TEXT_BYTES_MAX: usize = 64 << 20;
@@ -38,104 +45,18 @@ const END_KEYS: [&str; 3] =
     ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 const BOS_KEY: &str = "tokenizer.ggml.bos_token_id";
 
-/// Why there is no tokenizer for a file, or no tokens for a text.
-#[derive(Debug, thiserror::Error)]
-pub enum TokenizerError {
-    /// A key is not what it should be.
-    #[error("the tokenizer's metadata cannot be read")]
-    Metadata(#[from] GgufError),
-    /// A key that no tokenizer can do without.
-    #[error("metadata key `{key}` is missing")]
-    MissingKey {
-        /// The key.
-        key: &'static str,
-    },
-    /// Not a byte-level BPE.
-    #[error("tokenizer model `{model}` is not supported, only `gpt2` (byte-level BPE)")]
-    UnsupportedModel {
-        /// Value of `tokenizer.ggml.model`.
-        model: String,
-    },
-    /// A pattern that is not written here.
-    #[error("pre-tokenizer `{pre}` is not supported, only `llama-bpe` (and its aliases) and `gpt-2`")]
-    UnsupportedPreTokenizer {
-        /// Value of `tokenizer.ggml.pre`.
-        pre: String,
-    },
-    /// The file does not say how to split text, and it cannot be told from the vocabulary.
-    #[error(
-        "metadata key `tokenizer.ggml.pre` is missing, and a vocabulary of {n_tokens} tokens does not tell"
-    )]
-    MissingPreTokenizer {
-        /// Size of the vocabulary.
-        n_tokens: usize,
-    },
-    /// As many kinds as tokens are needed.
-    #[error("`tokenizer.ggml.token_type` has {n_kinds} entries for {n_tokens} tokens")]
-    KindCount {
-        /// Tokens.
-        n_tokens: usize,
-        /// Entries.
-        n_kinds: usize,
-    },
-    /// A number that is no kind.
-    #[error("token {idx} has the unknown type {kind}")]
-    UnknownKind {
-        /// Token.
-        idx: usize,
-        /// Its `tokenizer.ggml.token_type`.
-        kind: i32,
-    },
-    /// A merge that is not two tokens which make a third.
-    #[error("merge {idx} (`{merge}`) is not of two tokens whose concatenation is a token")]
-    BadMerge {
-        /// Its rank.
-        idx: usize,
-        /// Its start.
-        merge: String,
-    },
-    /// Some text could not be written.
-    #[error("no token stands for the byte {byte:#04x}")]
-    MissingByte {
-        /// The byte.
-        byte: u8,
-    },
-    /// A key names a token that does not exist.
-    #[error("`{key}` is {id}, but there are {n_tokens} tokens")]
-    NoSuchToken {
-        /// The key.
-        key: &'static str,
-        /// What it says.
-        id: u32,
-        /// Size of the vocabulary.
-        n_tokens: usize,
-    },
-    /// A special token that no template could mean.
-    #[error("special token {id} has {len} bytes, more than {SPECIAL_TOKEN_BYTES_MAX}")]
-    SpecialTooLong {
-        /// The token.
-        id: u32,
-        /// Its length.
-        len: usize,
-    },
-    /// More than two million tokens, or merges than 32-bit indexes can number.
-    #[error("the vocabulary is too large")]
-    TooLarge,
-    /// The caller should have refused it.
-    #[error("the text has {len} bytes, more than {TEXT_BYTES_MAX}")]
-    TextTooLong {
-        /// Its length.
-        len: usize,
-    },
-}
-
-/// What a tokenizer does beside its vocabulary.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenizerOptions {
+/// How byte-level BPE cuts a text before it merges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Splitting {
     /// How text is split.
     pub pre_tokenizer: PreTokenizer,
     /// A piece that is a token as a whole is taken as it is, without asking the merges.
     pub ignore_merges: bool,
+}
+
+/// What a tokenizer does beside its vocabulary.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenizerOptions {
     /// Begin-of-text.
     pub bos: Option<u32>,
     /// End-of-text, as chat templates see it. It is not added to [`Self::ends`] by itself.
@@ -146,52 +67,71 @@ pub struct TokenizerOptions {
     pub ends: Vec<u32>,
 }
 
-/// A byte-level BPE tokenizer.
+/// Text to tokens and back.
 #[derive(Debug)]
 pub struct Tokenizer {
     vocabulary: Vocabulary,
+    scheme: Scheme,
     special: SpecialTokens,
     options: TokenizerOptions,
 }
 
-impl Tokenizer {
-    /// Reads the tokenizer of a model file.
-    ///
-    /// # Errors
-    /// The file has none, or one that would not be exact.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, TokenizerError> {
-        let metadata = gguf.metadata();
-        let model = required(metadata.str("tokenizer.ggml.model")?, "tokenizer.ggml.model")?;
-        if model != "gpt2" {
-            return Err(TokenizerError::UnsupportedModel { model: vocabulary::excerpt(model) });
-        }
-        let tokens = required(metadata.strings("tokenizer.ggml.tokens")?, "tokenizer.ggml.tokens")?;
-        let merges = required(metadata.strings("tokenizer.ggml.merges")?, "tokenizer.ggml.merges")?;
-        let mut kinds = Vec::new();
-        if let Some(ids) = metadata.i32s("tokenizer.ggml.token_type")? {
-            for (idx, kind) in ids.iter().enumerate() {
-                kinds.push(TokenKind::from_id(kind).ok_or(TokenizerError::UnknownKind { idx, kind })?);
-            }
-            if kinds.len() != tokens.len() {
-                return Err(TokenizerError::KindCount { n_tokens: tokens.len(), n_kinds: kinds.len() });
-            }
-        }
-        let options = read_options(&metadata, tokens.len())?;
-        Self::from_parts(tokens.iter(), kinds, merges.iter(), options)
-    }
+/// How text between special tokens becomes tokens.
+#[derive(Debug)]
+enum Scheme {
+    ByteLevel { splitting: Splitting, merges: Merges },
+    SentencePiece { adds_space_prefix: bool, pieces: Pieces },
+}
 
-    /// Builds a tokenizer from its parts: token texts in the byte alphabet, kinds (empty: all normal) and merges.
+/// Reused between pieces of text.
+#[derive(Default)]
+struct Scratch {
+    merge: MergeScratch,
+    text: String, // With its prefix.
+}
+
+impl Tokenizer {
+    /// Builds a byte-level tokenizer from its parts: token texts in the byte alphabet, kinds (empty: all normal) and
+    /// merges.
     ///
     /// # Errors
     /// The parts do not fit together.
-    pub fn from_parts<'a>(
+    pub fn from_merges<'a>(
         tokens: impl Iterator<Item = &'a str>,
         kinds: Vec<TokenKind>,
         merges: impl Iterator<Item = &'a str>,
+        splitting: Splitting,
         options: TokenizerOptions,
     ) -> Result<Self, TokenizerError> {
         let has_kinds = !kinds.is_empty();
-        let mut vocabulary = Vocabulary::build(tokens, kinds, merges)?;
+        let vocabulary = Vocabulary::build(tokens, kinds, Spelling::ByteAlphabet)?;
+        let merges = Merges::build(&vocabulary, merges)?;
+        Self::new(vocabulary, Scheme::ByteLevel { splitting, merges }, has_kinds, options)
+    }
+
+    /// Builds a SentencePiece tokenizer from its parts, one kind and one score for each token. `adds_space_prefix` says
+    /// whether a text is read as if it began with one more space.
+    ///
+    /// # Errors
+    /// The parts do not fit together.
+    pub fn from_pieces<'a>(
+        tokens: impl Iterator<Item = &'a str>,
+        kinds: Vec<TokenKind>,
+        scores: Vec<f32>,
+        adds_space_prefix: bool,
+        options: TokenizerOptions,
+    ) -> Result<Self, TokenizerError> {
+        let vocabulary = Vocabulary::build(tokens, kinds, Spelling::SpaceSymbol)?;
+        let pieces = Pieces::build(&vocabulary, scores)?;
+        Self::new(vocabulary, Scheme::SentencePiece { adds_space_prefix, pieces }, true, options)
+    }
+
+    fn new(
+        mut vocabulary: Vocabulary,
+        scheme: Scheme,
+        has_kinds: bool,
+        options: TokenizerOptions,
+    ) -> Result<Self, TokenizerError> {
         let n_tokens = vocabulary.n_vocab();
         for (key, id) in options
             .bos
@@ -213,12 +153,26 @@ impl Tokenizer {
             }
         }
         let special = SpecialTokens::of(&vocabulary);
-        let mut tokenizer = Self { vocabulary, special, options };
+        let mut tokenizer = Self { vocabulary, scheme, special, options };
         let known = END_NAMES.iter().filter_map(|name| tokenizer.control_token(name)).collect::<Vec<_>>();
         tokenizer.options.ends.extend(known);
         tokenizer.options.ends.sort_unstable();
         tokenizer.options.ends.dedup();
         Ok(tokenizer)
+    }
+
+    /// What kind of vocabulary it is, in words.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match &self.scheme {
+            Scheme::ByteLevel { splitting, .. } => {
+                format!("byte-level BPE, split as {}", splitting.pre_tokenizer.name())
+            }
+            Scheme::SentencePiece { adds_space_prefix: true, .. } => "SentencePiece BPE".to_owned(),
+            Scheme::SentencePiece { adds_space_prefix: false, .. } => {
+                "SentencePiece BPE without a space in front".to_owned()
+            }
+        }
     }
 
     /// Number of tokens.
@@ -276,6 +230,19 @@ impl Tokenizer {
         self.vocabulary.token_bytes(id).unwrap_or_default()
     }
 
+    /// Whether a text is read as if it began with one more space.
+    #[must_use]
+    pub fn adds_space_prefix(&self) -> bool {
+        matches!(self.scheme, Scheme::SentencePiece { adds_space_prefix: true, .. })
+    }
+
+    /// Whether this token at the start of a text has the space that was put in front.
+    fn may_start_with_prefix(&self, id: u32) -> bool {
+        // The encoder writes a space as a byte only if it is no piece.
+        let is_written = self.kind(id) != Some(TokenKind::Byte) || self.vocabulary.token_of(b" ").is_none();
+        self.adds_space_prefix() && self.token_bytes(id).starts_with(b" ") && is_written
+    }
+
     /// The tokens of `text`, after begin-of-text if `add_bos` (and there is such a token).
     ///
     /// User-defined tokens are found in any text, control tokens as `special` says.
@@ -284,7 +251,7 @@ impl Tokenizer {
     /// The text is longer than [`TEXT_BYTES_MAX`].
     pub fn encode(&self, text: &str, special: Special, add_bos: bool) -> Result<Vec<u32>, TokenizerError> {
         check_len(text)?;
-        let (mut ids, mut scratch) = (Vec::new(), MergeScratch::default());
+        let (mut ids, mut scratch) = (Vec::new(), Scratch::default());
         if add_bos {
             ids.extend(self.options.bos);
         }
@@ -296,7 +263,7 @@ impl Tokenizer {
     /// [`Special::Parse`], user-defined tokens as if there were no marks.
     pub(crate) fn encode_marked(&self, text: &str, mark: char) -> Result<Vec<u32>, TokenizerError> {
         check_len(text)?;
-        let (mut ids, mut scratch) = (Vec::new(), MergeScratch::default());
+        let (mut ids, mut scratch) = (Vec::new(), Scratch::default());
         self.special.split(text, Special::Parse, |segment| match segment {
             Segment::Token(id) => ids.push(id),
             Segment::Text(marked) => {
@@ -315,20 +282,33 @@ impl Tokenizer {
             .filter_map(|id| str::from_utf8(self.token_bytes(id)).ok())
     }
 
-    fn encode_segments(&self, text: &str, special: Special, scratch: &mut MergeScratch, ids: &mut Vec<u32>) {
+    fn encode_segments(&self, text: &str, special: Special, scratch: &mut Scratch, ids: &mut Vec<u32>) {
         self.special.split(text, special, |segment| match segment {
             Segment::Token(id) => ids.push(id),
             Segment::Text(text) => self.encode_text(text, scratch, ids),
         });
     }
 
-    fn encode_text(&self, text: &str, scratch: &mut MergeScratch, ids: &mut Vec<u32>) {
-        for piece in self.options.pre_tokenizer.split(text) {
-            let whole =
-                if self.options.ignore_merges { self.vocabulary.token_of(piece.as_bytes()) } else { None };
-            match whole {
-                Some(id) => ids.push(id),
-                None => merge::merge_piece(&self.vocabulary, piece.as_bytes(), scratch, ids),
+    fn encode_text(&self, text: &str, scratch: &mut Scratch, ids: &mut Vec<u32>) {
+        let vocabulary = &self.vocabulary;
+        match &self.scheme {
+            Scheme::ByteLevel { splitting, merges } => {
+                for piece in splitting.pre_tokenizer.split(text).map(str::as_bytes) {
+                    let whole = if splitting.ignore_merges { vocabulary.token_of(piece) } else { None };
+                    match whole {
+                        Some(id) => ids.push(id),
+                        None => merges.encode(vocabulary, piece, &mut scratch.merge, ids),
+                    }
+                }
+            }
+            // Every text is at the start or after a special token, and has its prefix.
+            Scheme::SentencePiece { adds_space_prefix, pieces } => {
+                scratch.text.clear();
+                if *adds_space_prefix && !text.is_empty() {
+                    scratch.text.push(' ');
+                }
+                scratch.text.extend(text.chars().map(|c| if c == SPACE_SYMBOL { ' ' } else { c }));
+                pieces.encode(vocabulary, &scratch.text, &mut scratch.merge, ids);
             }
         }
     }
@@ -339,45 +319,10 @@ fn check_len(text: &str) -> Result<(), TokenizerError> {
     if len > TEXT_BYTES_MAX { Err(TokenizerError::TextTooLong { len }) } else { Ok(()) }
 }
 
-fn required<T>(value: Option<T>, key: &'static str) -> Result<T, TokenizerError> {
-    value.ok_or(TokenizerError::MissingKey { key })
+/// The first characters of a text, for messages.
+fn excerpt(text: &str) -> String {
+    text.chars().take(64).collect()
 }
 
-fn read_options(metadata: &Metadata<'_>, n_tokens: usize) -> Result<TokenizerOptions, TokenizerError> {
-    let pre_tokenizer = match metadata.str("tokenizer.ggml.pre")? {
-        Some(pre) => PreTokenizer::from_name(pre)
-            .ok_or_else(|| TokenizerError::UnsupportedPreTokenizer { pre: vocabulary::excerpt(pre) })?,
-        None if is_llama3_family(metadata, n_tokens)? => PreTokenizer::LlamaBpe,
-        None => return Err(TokenizerError::MissingPreTokenizer { n_tokens }),
-    };
-    let is_llama = pre_tokenizer == PreTokenizer::LlamaBpe;
-    let mut ends = Vec::new();
-    for key in END_KEYS {
-        if let Some(id) = metadata.u32(key)? {
-            if id as usize >= n_tokens {
-                return Err(TokenizerError::NoSuchToken { key, id, n_tokens });
-            }
-            ends.push(id);
-        }
-    }
-    Ok(TokenizerOptions {
-        pre_tokenizer,
-        ignore_merges: is_llama,
-        bos: metadata.u32(BOS_KEY)?,
-        eos: metadata.u32(END_KEYS[0])?,
-        adds_bos: metadata.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(is_llama),
-        ends,
-    })
-}
-
-/// Whether a file without `tokenizer.ggml.pre` means `llama-bpe`: the published BitNet files do, and so does every
-/// file with the vocabulary of Llama 3.
-fn is_llama3_family(metadata: &Metadata<'_>, n_tokens: usize) -> Result<bool, TokenizerError> {
-    let is_bitnet = metadata.str("general.architecture")?.is_some_and(|name| name.starts_with("bitnet"));
-    Ok(is_bitnet || n_tokens == 128_256)
-}
-
-#[cfg(test)]
-mod file_tests;
 #[cfg(test)]
 mod tests;

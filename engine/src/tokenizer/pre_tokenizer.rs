@@ -30,6 +30,15 @@ impl PreTokenizer {
         }
     }
 
+    /// Its name in files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LlamaBpe => "llama-bpe",
+            Self::Gpt2 => "gpt-2",
+        }
+    }
+
     /// The pieces of `text`, in order and without gaps.
     pub fn split(self, text: &str) -> impl Iterator<Item = &str> {
         Pieces { pattern: self, rest: text }

@@ -4,7 +4,10 @@ use proptest::prelude::*;
 
 use super::byte_level::char_of_byte;
 use super::merge::MergeScratch;
+use super::merges::Merges;
 use super::*;
+
+const GPT2: Splitting = Splitting { pre_tokenizer: PreTokenizer::Gpt2, ignore_merges: false };
 
 /// All bytes, then what `merges` make, then the special tokens.
 fn tokenizer_of(merges: &[&str], specials: &[(&str, TokenKind)]) -> Tokenizer {
@@ -13,25 +16,23 @@ fn tokenizer_of(merges: &[&str], specials: &[(&str, TokenKind)]) -> Tokenizer {
     let mut kinds = vec![TokenKind::Normal; tokens.len()];
     tokens.extend(specials.iter().map(|(text, _)| (*text).to_owned()));
     kinds.extend(specials.iter().map(|(_, kind)| *kind));
+    let splitting = Splitting { pre_tokenizer: PreTokenizer::LlamaBpe, ignore_merges: true };
     let options = TokenizerOptions {
-        pre_tokenizer: PreTokenizer::LlamaBpe,
-        ignore_merges: true,
         bos: (0..).zip(&tokens).find(|(_, text)| *text == "<s>").map(|(id, _)| id),
-        eos: None,
         adds_bos: true,
-        ends: Vec::new(),
+        ..TokenizerOptions::default()
     };
-    Tokenizer::from_parts(tokens.iter().map(String::as_str), kinds, merges.iter().copied(), options).unwrap()
+    let (tokens, merges) = (tokens.iter().map(String::as_str), merges.iter().copied());
+    Tokenizer::from_merges(tokens, kinds, merges, splitting, options).unwrap()
 }
 
 /// Merging as it is defined: find the best pair by looking at all of them, again and again.
-fn merge_by_definition(vocabulary: &Vocabulary, piece: &[u8]) -> Vec<u32> {
+fn merge_by_definition(vocabulary: &Vocabulary, merges: &Merges, piece: &[u8]) -> Vec<u32> {
     let mut ids: Vec<u32> = piece.iter().map(|byte| vocabulary.byte_token(*byte)).collect();
     loop {
-        let ranked =
-            ids.windows(2).enumerate().filter_map(|(at, w)| Some((vocabulary.rank(w[0], w[1])?, at)));
+        let ranked = ids.windows(2).enumerate().filter_map(|(at, w)| Some((merges.rank(w[0], w[1])?, at)));
         let Some((rank, at)) = ranked.min() else { return ids };
-        ids[at] = vocabulary.merge(rank).result;
+        ids[at] = merges.merge(rank).result;
         ids.remove(at + 1);
     }
 }
@@ -43,9 +44,12 @@ proptest! {
     #[test]
     fn merges_as_defined(piece in prop::collection::vec(prop::sample::select(b"aaabbcd".to_vec()), 1..60)) {
         let tokenizer = tokenizer_of(&MERGES, &[]);
+        let Tokenizer { vocabulary, scheme: Scheme::ByteLevel { merges, .. }, .. } = &tokenizer else {
+            panic!("{tokenizer:?}")
+        };
         let mut found = Vec::new();
-        merge::merge_piece(&tokenizer.vocabulary, &piece, &mut MergeScratch::default(), &mut found);
-        prop_assert_eq!(found, merge_by_definition(&tokenizer.vocabulary, &piece));
+        merges.encode(vocabulary, &piece, &mut MergeScratch::default(), &mut found);
+        prop_assert_eq!(found, merge_by_definition(vocabulary, merges, &piece));
     }
 
     #[test]
@@ -117,15 +121,8 @@ fn ends_are_known_by_name_only_among_control_tokens() {
 fn parts_that_do_not_fit_are_refused() {
     let bytes: Vec<String> = (0..=255).map(|byte| char_of_byte(byte).to_string()).collect();
     let build = |tokens: Vec<&str>, kinds: Vec<TokenKind>, merges: &[&str], bos| {
-        let options = TokenizerOptions {
-            pre_tokenizer: PreTokenizer::Gpt2,
-            ignore_merges: false,
-            bos,
-            eos: None,
-            adds_bos: false,
-            ends: Vec::new(),
-        };
-        Tokenizer::from_parts(tokens.into_iter(), kinds, merges.iter().copied(), options)
+        let options = TokenizerOptions { bos, ..TokenizerOptions::default() };
+        Tokenizer::from_merges(tokens.into_iter(), kinds, merges.iter().copied(), GPT2, options)
             .map(|_| ())
             .unwrap_err()
     };
@@ -149,15 +146,9 @@ fn parts_that_do_not_fit_are_refused() {
         tokens.push(&long);
         let mut kinds = vec![TokenKind::Normal; 256];
         kinds.push(TokenKind::Control);
-        let options = TokenizerOptions {
-            pre_tokenizer: PreTokenizer::Gpt2,
-            ignore_merges: false,
-            bos: None,
-            eos: None,
-            adds_bos: false,
-            ends: Vec::new(),
-        };
-        let result = Tokenizer::from_parts(tokens.into_iter(), kinds, std::iter::empty(), options);
+        let none = std::iter::empty();
+        let result =
+            Tokenizer::from_merges(tokens.into_iter(), kinds, none, GPT2, TokenizerOptions::default());
         assert_eq!(result.is_ok(), len == SPECIAL_TOKEN_BYTES_MAX, "{result:?}");
     }
 }

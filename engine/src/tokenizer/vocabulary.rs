@@ -1,14 +1,15 @@
-//! Tokens and merges in a compact form: flat arrays and two open-addressing tables of indexes.
+//! Tokens in a compact form: flat arrays and an open-addressing table of indexes.
 //!
-//! The 128,256 tokens and 280,147 merges of Llama 3 take 7 MB. The tables are keyed by a secret that differs from
-//! run to run, so that a file cannot be made to collide; what they answer does not depend on it.
+//! The 128,256 tokens and 280,147 merges of Llama 3 take 7 MB. The table is keyed by a secret that differs from
+//! run to run, so that a file cannot be made to collide; what it answers does not depend on it.
 
 use std::hash::BuildHasher;
 
 use foldhash::quality::RandomState;
 
-use super::TokenizerError;
 use super::byte_level::push_token_bytes;
+use super::pieces::SPACE_SYMBOL;
+use super::{TokenizerError, excerpt};
 
 /// What a token is for: `tokenizer.ggml.token_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,84 +42,73 @@ impl TokenKind {
             _ => return None,
         })
     }
-
-    /// Whether ordinary text may become this token by merging.
-    fn is_ordinary(self) -> bool {
-        matches!(self, Self::Normal | Self::UserDefined | Self::Byte)
-    }
 }
-
-/// One merge; its index is its rank, and the lowest rank goes first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Merge {
-    pub(super) left: u32,
-    pub(super) right: u32,
-    pub(super) result: u32,
-}
-
-/// The same in fewer bytes: left, right and result in [`TOKEN_BITS`] each, from the highest bit.
-#[derive(Clone, Copy)]
-struct PackedMerge(u64);
 
 /// Of a token number.
-const TOKEN_BITS: u32 = 21;
+pub(super) const TOKEN_BITS: u32 = 21;
 
-impl PackedMerge {
-    fn pack(Merge { left, right, result }: Merge) -> Self {
-        Self((u64::from(left) << TOKEN_BITS | u64::from(right)) << TOKEN_BITS | u64::from(result))
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "the mask leaves 21 bits")]
-    fn unpack(self) -> Merge {
-        let token = |n_behind: u32| (self.0 >> (n_behind * TOKEN_BITS)) as u32 & ((1 << TOKEN_BITS) - 1);
-        Merge { left: token(2), right: token(1), result: token(0) }
-    }
+/// How a vocabulary writes the texts of its ordinary tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Spelling {
+    /// Bytes as printable characters, as GPT-2 does.
+    ByteAlphabet,
+    /// As text, but for the symbol that stands for a space; single bytes are tokens called `<0x00>` to `<0xFF>`.
+    SpaceSymbol,
 }
 
-/// Tokens, merges and where to find them.
+/// Tokens and where to find them.
 pub(super) struct Vocabulary {
     bytes: Vec<u8>,            // Of all tokens, one after the other.
     starts: Vec<u32>,          // (n_vocab + 1), into `bytes`.
     kinds: Vec<TokenKind>,     // (n_vocab)
-    merges: Vec<PackedMerge>,  // By rank.
     tokens_by_bytes: Vec<u32>, // Open addressing: id + 1, 0 is free. Length is a power of two.
-    merges_by_pair: Vec<u32>,  // Open addressing: rank + 1, 0 is free. Length is a power of two.
     byte_tokens: [u32; 256],   // `NO_TOKEN` where there is none.
     secret: RandomState,
-    pair_secret: (u64, u64),
 }
 
 /// No token has this number.
 pub(super) const NO_TOKEN: u32 = u32::MAX;
 
 impl Vocabulary {
-    /// Builds the tables. `kinds` is empty or one for each token.
+    /// Builds the table. `kinds` is empty or one for each token.
     pub(super) fn build<'a>(
         tokens: impl Iterator<Item = &'a str>,
         kinds: Vec<TokenKind>,
-        merges: impl Iterator<Item = &'a str>,
+        spelling: Spelling,
     ) -> Result<Self, TokenizerError> {
-        let (bytes, starts) = pack_tokens(tokens, &kinds)?;
+        let (bytes, starts) = pack_tokens(tokens, &kinds, spelling)?;
         let n_vocab = starts.len() - 1;
         let kinds = if kinds.is_empty() { vec![TokenKind::Normal; n_vocab] } else { kinds };
         if kinds.len() != n_vocab {
             return Err(TokenizerError::KindCount { n_tokens: n_vocab, n_kinds: kinds.len() });
         }
-        let secret = RandomState::default();
         let mut vocabulary = Self {
             bytes,
             starts,
             kinds,
-            merges: Vec::new(),
             tokens_by_bytes: vec![0; table_len(n_vocab)?],
-            merges_by_pair: Vec::new(),
             byte_tokens: [NO_TOKEN; 256],
-            pair_secret: (secret.hash_one(0), secret.hash_one(1) | 1),
-            secret,
+            secret: RandomState::default(),
         };
-        vocabulary.index_tokens();
-        vocabulary.find_byte_tokens()?;
-        vocabulary.add_merges(merges)?;
+        match spelling {
+            Spelling::ByteAlphabet => {
+                // Of two with the same bytes the ordinary kind goes first, then the lower number.
+                vocabulary.index_tokens(TokenKind::Normal);
+                vocabulary.index_tokens(TokenKind::Byte);
+                vocabulary.index_tokens(TokenKind::UserDefined);
+                vocabulary.find_byte_tokens()?;
+            }
+            Spelling::SpaceSymbol => {
+                // Others are never made by merging: bytes stand in where there is no piece, and what is found in
+                // the text beforehand is no longer in it.
+                if let Some((first, second)) = vocabulary.index_tokens(TokenKind::Normal) {
+                    let text =
+                        excerpt(&String::from_utf8_lossy(vocabulary.token_bytes(first).unwrap_or_default()));
+                    return Err(TokenizerError::SameText { first, second, text });
+                }
+                vocabulary.take_byte_tokens()?;
+            }
+        }
         Ok(vocabulary)
     }
 
@@ -161,42 +151,28 @@ impl Vocabulary {
         self.tokens_by_bytes[slot].checked_sub(1)
     }
 
-    /// Rank of the merge of two neighbours.
-    pub(super) fn rank(&self, left: u32, right: u32) -> Option<u32> {
-        if self.merges_by_pair.is_empty() {
-            return None;
-        }
-        let slot = self.pair_slot(left, right);
-        self.merges_by_pair[slot].checked_sub(1)
-    }
-
-    pub(super) fn merge(&self, rank: u32) -> Merge {
-        self.merges[rank as usize].unpack()
-    }
-
     /// Bytes on the heap.
     #[cfg(test)]
     pub(super) fn memory_bytes(&self) -> usize {
-        let indexes =
-            self.starts.capacity() + self.tokens_by_bytes.capacity() + self.merges_by_pair.capacity();
-        let merges = self.merges.capacity() * size_of::<PackedMerge>();
-        self.bytes.capacity() + self.kinds.capacity() + merges + indexes * size_of::<u32>()
+        let indexes = self.starts.capacity() + self.tokens_by_bytes.capacity();
+        self.bytes.capacity() + self.kinds.capacity() + indexes * size_of::<u32>()
     }
 
-    fn index_tokens(&mut self) {
-        // Of two with the same bytes the ordinary kind goes first, then the lower number.
-        for pass in [TokenKind::Normal, TokenKind::Byte, TokenKind::UserDefined] {
-            for id in (0..).take(self.n_vocab()) {
-                if self.kinds[id as usize] != pass || !pass.is_ordinary() {
-                    continue;
-                }
-                let (start, end) = (self.starts[id as usize] as usize, self.starts[id as usize + 1] as usize);
-                let slot = self.token_slot(&self.bytes[start..end]);
-                if start != end && self.tokens_by_bytes[slot] == 0 {
-                    self.tokens_by_bytes[slot] = id + 1;
-                }
+    /// Enters the tokens of one kind, the lowest number of those with the same bytes. The first two that have.
+    fn index_tokens(&mut self, kind: TokenKind) -> Option<(u32, u32)> {
+        let mut same = None;
+        for id in (0..).take(self.n_vocab()) {
+            let (start, end) = (self.starts[id as usize] as usize, self.starts[id as usize + 1] as usize);
+            if self.kinds[id as usize] != kind || start == end {
+                continue;
+            }
+            let slot = self.token_slot(&self.bytes[start..end]);
+            match self.tokens_by_bytes[slot].checked_sub(1) {
+                None => self.tokens_by_bytes[slot] = id + 1,
+                Some(first) => same = same.or(Some((first, id))),
             }
         }
+        same
     }
 
     fn find_byte_tokens(&mut self) -> Result<(), TokenizerError> {
@@ -211,36 +187,22 @@ impl Vocabulary {
         Ok(())
     }
 
-    fn add_merges<'a>(&mut self, merges: impl Iterator<Item = &'a str>) -> Result<(), TokenizerError> {
-        let mut pair = Vec::new();
-        for (idx, merge) in merges.enumerate() {
-            // The left part has at least one character, which may be a space in odd files.
-            let space = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(at, _)| at);
-            let bad = || TokenizerError::BadMerge { idx, merge: excerpt(merge) };
-            let space = space.ok_or_else(bad)?;
-            pair.clear();
-            push_token_bytes(&merge[..space], &mut pair);
-            let left_len = pair.len();
-            push_token_bytes(&merge[space + 1..], &mut pair);
-            let left = self.token_of(&pair[..left_len]).ok_or_else(bad)?;
-            let right = self.token_of(&pair[left_len..]).ok_or_else(bad)?;
-            let result = self.token_of(&pair).ok_or_else(bad)?;
-            self.merges.push(PackedMerge::pack(Merge { left, right, result }));
-        }
-        self.merges.shrink_to_fit();
-        if self.merges.is_empty() {
-            return Ok(());
-        }
-        self.merges_by_pair = vec![0; table_len(self.merges.len())?];
-        for (rank, idx) in (1..).zip(0..self.merges.len()) {
-            let Merge { left, right, .. } = self.merges[idx].unpack();
-            let slot = self.pair_slot(left, right);
-            // A repeated merge keeps its best rank.
-            if self.merges_by_pair[slot] == 0 {
-                self.merges_by_pair[slot] = rank;
+    /// Notes the tokens that are single bytes by their kind; [`pack_tokens`] has read their names.
+    fn take_byte_tokens(&mut self) -> Result<(), TokenizerError> {
+        for id in (0..).take(self.n_vocab()) {
+            if let (Some(TokenKind::Byte), Some(&[byte])) = (self.kind(id), self.token_bytes(id)) {
+                let place = &mut self.byte_tokens[usize::from(byte)];
+                if *place != NO_TOKEN {
+                    let text = format!("<0x{byte:02X}>");
+                    return Err(TokenizerError::SameText { first: *place, second: id, text });
+                }
+                *place = id;
             }
         }
-        Ok(())
+        match (0..=u8::MAX).find(|byte| self.byte_token(*byte) == NO_TOKEN) {
+            Some(byte) => Err(TokenizerError::MissingByteToken { byte }),
+            None => Ok(()),
+        }
     }
 
     /// The slot that holds the token with these bytes, or the free one where it belongs.
@@ -255,43 +217,35 @@ impl Vocabulary {
         }
         slot
     }
-
-    /// The slot that holds the merge of this pair, or the free one where it belongs.
-    fn pair_slot(&self, left: u32, right: u32) -> usize {
-        let mask = self.merges_by_pair.len() - 1;
-        let key = u64::from(left) << 32 | u64::from(right);
-        let product = u128::from(key ^ self.pair_secret.0) * u128::from(self.pair_secret.1);
-        let mut slot = low_bits(product ^ product >> 64) & mask;
-        while let Some(rank) = self.merges_by_pair[slot].checked_sub(1) {
-            let merge = self.merge(rank);
-            if (merge.left, merge.right) == (left, right) {
-                break;
-            }
-            slot = (slot + 1) & mask;
-        }
-        slot
-    }
 }
 
 impl std::fmt::Debug for Vocabulary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Vocabulary({} tokens, {} merges)", self.n_vocab(), self.merges.len())
+        write!(f, "Vocabulary({} tokens)", self.n_vocab())
     }
 }
 
-/// The bytes of all tokens, and where each starts. Special tokens are text, the others in the byte alphabet.
+/// The bytes of all tokens, and where each starts. Special tokens are text.
 fn pack_tokens<'a>(
     tokens: impl Iterator<Item = &'a str>,
     kinds: &[TokenKind],
+    spelling: Spelling,
 ) -> Result<(Vec<u8>, Vec<u32>), TokenizerError> {
     let (mut bytes, mut starts) = (Vec::new(), vec![0]);
-    for (idx, text) in tokens.enumerate() {
-        match kinds.get(idx).copied().unwrap_or(TokenKind::Normal) {
-            TokenKind::Byte => match byte_from_name(text) {
-                Some(byte) => bytes.push(byte),
-                None => push_token_bytes(text, &mut bytes),
+    for (id, text) in (0..).zip(tokens) {
+        let kind = kinds.get(starts.len() - 1).copied().unwrap_or(TokenKind::Normal);
+        match (spelling, kind) {
+            (_, TokenKind::Byte) => match (byte_from_name(text), spelling) {
+                (Some(byte), _) => bytes.push(byte),
+                (None, Spelling::ByteAlphabet) => push_token_bytes(text, &mut bytes),
+                (None, Spelling::SpaceSymbol) => {
+                    return Err(TokenizerError::ByteName { id, text: excerpt(text) });
+                }
             },
-            TokenKind::Normal => push_token_bytes(text, &mut bytes),
+            (Spelling::ByteAlphabet, TokenKind::Normal) => push_token_bytes(text, &mut bytes),
+            (Spelling::SpaceSymbol, TokenKind::Normal | TokenKind::UserDefined) => {
+                push_with_spaces(text, &mut bytes);
+            }
             _ => bytes.extend_from_slice(text.as_bytes()),
         }
         starts.push(u32::try_from(bytes.len()).map_err(|_| TokenizerError::TooLarge)?);
@@ -304,24 +258,32 @@ fn pack_tokens<'a>(
     Ok((bytes, starts))
 }
 
+fn push_with_spaces(text: &str, out: &mut Vec<u8>) {
+    for part in text.split_inclusive(SPACE_SYMBOL) {
+        match part.strip_suffix(SPACE_SYMBOL) {
+            Some(part) => {
+                out.extend_from_slice(part.as_bytes());
+                out.push(b' ');
+            }
+            None => out.extend_from_slice(part.as_bytes()),
+        }
+    }
+}
+
 /// The byte that `<0xE2>` names.
 fn byte_from_name(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok()).flatten()
+    let is_byte = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    is_byte.then(|| u8::from_str_radix(digits, 16).ok()).flatten()
 }
 
 /// Length of an open-addressing table that is at most two thirds full.
-fn table_len(n_entries: usize) -> Result<usize, TokenizerError> {
+pub(super) fn table_len(n_entries: usize) -> Result<usize, TokenizerError> {
     let len = (n_entries / 2).checked_add(n_entries + 1).and_then(usize::checked_next_power_of_two);
     len.filter(|len| *len <= 1 << 31).ok_or(TokenizerError::TooLarge)
 }
 
 /// 32 bits of a hash; no table is longer.
-fn low_bits(hash: u128) -> usize {
+pub(super) fn low_bits(hash: u128) -> usize {
     usize::try_from(hash & u128::from(u32::MAX)).unwrap_or_default()
-}
-
-/// The first characters of a text, for messages.
-pub(super) fn excerpt(text: &str) -> String {
-    text.chars().take(64).collect()
 }
