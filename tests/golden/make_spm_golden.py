@@ -68,7 +68,7 @@ def merges(spec):
         for at in range(1, len(text)):
             left, right = text[:at], text[at:]
             if left in ids and right in ids:
-                pairs.append((-spec.pieces[idx].score, len(left), left, right))
+                pairs.append((-spec.pieces[idx].score, -len(left), left, right))
     return [(left, right) for _, _, left, right in sorted(pairs)]
 
 

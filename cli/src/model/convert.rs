@@ -15,7 +15,7 @@ use crate::terminal;
 
 #[derive(Debug, Args)]
 pub(super) struct ConvertArgs {
-    /// A Hugging Face directory (config.json, safetensors, tokenizer.json), or a GGUF file
+    /// A Hugging Face directory (config.json, safetensors, tokenizer.json or tokenizer.model), or a GGUF file
     #[arg(value_name = "MODEL")]
     model: PathBuf,
     /// The file to write

@@ -64,6 +64,7 @@ fn describe(info: &ModelInfo, with_tensors: bool) -> String {
         format!("{} bytes, GGUF version {}, alignment {}", info.file_bytes, info.version, info.alignment),
     );
     line("parameters", format!("{}, of which ternary {}", info.n_parameters, info.n_ternary_weights));
+    line("vocabulary", info.vocabulary.clone().unwrap_or_else(|| "(cannot be used)".to_owned()));
     match &info.problem {
         None => line("supported", "yes".to_owned()),
         Some(problem) => line("supported", format!("no: {problem}")),

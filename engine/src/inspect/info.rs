@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Value as Json, json};
 
 use crate::gguf::{Gguf, TensorType, Value};
-use crate::model::Model;
+use crate::tokenizer::Tokenizer;
 
 /// The summary. Serialised, it is what `model info --json` prints.
 #[derive(Clone, Debug, Serialize)]
@@ -26,6 +26,8 @@ pub struct ModelInfo {
     pub n_parameters: u64,
     /// Elements of ternary tensors.
     pub n_ternary_weights: u64,
+    /// What kind of vocabulary it has, in words; `None` if it cannot be used.
+    pub vocabulary: Option<String>,
     /// The engine can run it.
     pub is_supported: bool,
     /// Why not.
@@ -85,7 +87,8 @@ impl ModelInfo {
     /// Sums up a file. Reads no tensor data but the norms.
     #[must_use]
     pub fn new(gguf: &Arc<Gguf>) -> Self {
-        let problem = Model::load(Arc::clone(gguf)).err().map(|error| super::chain(&error));
+        let tokenizer = Tokenizer::from_gguf(gguf);
+        let problem = super::problems(gguf, &tokenizer).into_iter().next();
         let metadata = gguf.metadata();
         let text = |key| metadata.str(key).ok().flatten().map(str::to_owned);
         let mut types: BTreeMap<TensorType, TypeInfo> = BTreeMap::new();
@@ -109,6 +112,9 @@ impl ModelInfo {
                 .filter(|(kind, _)| is_ternary(kind))
                 .map(|(_, sum)| sum.n_elements)
                 .sum(),
+            vocabulary: tokenizer
+                .ok()
+                .map(|tokenizer| format!("{} tokens, {}", tokenizer.n_vocab(), tokenizer.describe())),
             is_supported: problem.is_none(),
             problem,
             types: types.into_values().collect(),

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::convert::{dense_format, ternary_format};
 use crate::dense::DenseMatrix;
 use crate::gguf::{Gguf, TensorView};
-use crate::model::Model;
 use crate::ternary::TernaryMatrix;
+use crate::tokenizer::Tokenizer;
 
 /// Something that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,19 +24,18 @@ pub struct Verification {
     pub n_tensors: usize,
     /// Bytes of these.
     pub n_bytes: u64,
-    /// At most one for each tensor, and one for the file.
+    /// At most one for each tensor, one for the graph and one for the vocabulary.
     pub problems: Vec<Problem>,
 }
 
 /// Checks that the architecture's tensors are all there in the right type and shape, that every ternary weight is
-/// -1, 0 or 1, and that every scale, norm and dense weight is finite. Tells after each tensor.
+/// -1, 0 or 1, that every scale, norm and dense weight is finite, and that the vocabulary can be used. Tells after each
+/// tensor.
 ///
 /// That tensors lie within the file and not over each other was checked when it was parsed.
 pub fn verify(gguf: &Arc<Gguf>, on_progress: &mut dyn FnMut(&str)) -> Verification {
-    let mut problems = Vec::new();
-    if let Err(error) = Model::load(Arc::clone(gguf)) {
-        problems.push(Problem { tensor: None, text: super::chain(&error) });
-    }
+    let of_file = super::problems(gguf, &Tokenizer::from_gguf(gguf)).into_iter();
+    let mut problems: Vec<Problem> = of_file.map(|text| Problem { tensor: None, text }).collect();
     let mut n_bytes = 0;
     for tensor in gguf.tensors() {
         if let Err(text) = check_elements(&tensor) {

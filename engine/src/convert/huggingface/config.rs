@@ -46,6 +46,8 @@ pub(super) enum WeightScale {
 #[derive(Debug, Deserialize)]
 struct Raw {
     model_type: String,
+    #[serde(default)]
+    architectures: Vec<String>,
     hidden_act: String,
     hidden_size: u32,
     intermediate_size: u32,
@@ -160,11 +162,14 @@ impl Config {
 
 fn architecture(raw: &Raw) -> Result<Architecture, ConfigError> {
     let is_bitnet = raw.quantization_config.as_ref().is_some_and(|raw| raw.quant_method == "bitnet");
+    // The checkpoints of 1bitLLM call themselves `llama`; their own code, under this name, has the graph of BitNet.
+    let is_1bit_llm = raw.architectures.iter().any(|name| name == "BitnetForCausalLM");
     let unexpected = |expected| Err(ConfigError::Activation { found: raw.hidden_act.clone(), expected });
     match (raw.model_type.as_str(), raw.hidden_act.as_str()) {
         ("bitnet", "relu2") => Ok(Architecture::BitNetB158),
         ("bitnet", "silu") => Ok(Architecture::BitNet),
         ("bitnet", _) => unexpected("`relu2` or `silu`"),
+        ("llama", "silu") if is_1bit_llm => Ok(Architecture::BitNet),
         ("llama", "silu") if is_bitnet => Ok(Architecture::Llama),
         ("llama", _) if is_bitnet => unexpected("`silu`"),
         (found, _) => Err(ConfigError::ModelType { found: found.to_owned() }),

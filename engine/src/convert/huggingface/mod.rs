@@ -1,4 +1,4 @@
-//! Hugging Face checkpoints (`config.json`, safetensors, `tokenizer.json`) to GGUF.
+//! Hugging Face checkpoints (`config.json`, safetensors, `tokenizer.json` or `tokenizer.model`) to GGUF.
 //!
 //! Float master weights become ternary as `transformers` does it when it loads them (`AutoBitLinear`, online):
 //! in f32, `s = 1 / max(mean |W|, 1e-5)` over the whole tensor, code = `clamp(round(w * s), -1, 1)` with halves to
@@ -60,6 +60,8 @@ pub enum HuggingFaceError {
     Tensor(#[source] TensorError),
     #[error("tokenizer.json")]
     Tokenizer(#[source] TokenizerFileError),
+    #[error("tokenizer.model")]
+    TokenizerModel(#[source] TokenizerFileError),
 }
 
 /// Converts the checkpoint in `directory` to the GGUF file `out`.
