@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use crate::support::{Daemon, Folder, PROMPTS, generate, is_alive, random_request, send, wait_for};
 
 /// A supervisor that never gives a slot up.
-const PATIENT: &str = "[split]\nworkers = 2\nthreads = 1\n[restart]\nmax = 1000\nbackoff_min = \"1ms\"\n\
+pub(crate) const PATIENT: &str = "[split]\nworkers = 2\nthreads = 1\n[restart]\nmax = 1000\nbackoff_min = \"1ms\"\n\
                        backoff_max = \"2ms\"\n[queue]\nmax_deaths = 100\n";
 
 #[test]
@@ -37,7 +37,7 @@ fn nor_where_keys_and_values_have_eight_bits() {
 }
 
 /// Kills workers until so many jobs have moved in the middle of their answers.
-fn no_client_sees_deaths(daemon: &Daemon, n_failovers: u64) {
+pub(crate) fn no_client_sees_deaths(daemon: &Daemon, n_failovers: u64) {
     let request = |number: usize| random_request(PROMPTS[number], number as u64, 120);
     let calm: Vec<String> =
         (0..8).map(|number| generate(&mut daemon.connect().unwrap(), &request(number)).unwrap()).collect();

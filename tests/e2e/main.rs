@@ -26,3 +26,4 @@ mod security; // What holds workers in, and who may connect.
 mod support; // Start, watch, kill.
 mod systemd; // Notifications and sockets, with a stand-in for systemd.
 mod tune; // A sweep of splits.
+mod vocabulary; // Models with a SentencePiece vocabulary.
