@@ -22,9 +22,9 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// How long a step with prompt tokens should take while others wait for their next token.
 const STEP_TARGET: Duration = Duration::from_millis(300);
-/// How long it may take while nobody does: longer steps read the weights less often. A cancel and a heartbeat have to
-/// fit between steps.
-const STEP_TARGET_ALONE: Duration = Duration::from_millis(1500);
+/// How long it may take while nobody does: longer steps read the weights less often, and need more memory. A cancel and a
+/// heartbeat have to fit between steps.
+const STEP_TARGET_ALONE: Duration = Duration::from_secs(1);
 /// Prompt tokens in a step before the speed of this machine is known.
 const FIRST_CHUNK: usize = 16;
 
