@@ -128,33 +128,49 @@ impl KernelSet {
         pool.for_each_chunk(n_vocab.div_ceil(SETTLE_ROWS), 1, &|thread, items| {
             let mut list = lists[thread].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             for item in items {
-                let end = n_vocab.min((item + 1) * SETTLE_ROWS);
-                let block = |first: usize| first..end.min(first + BLOCK_ROWS);
-                // Rows that may matter lie scattered: those of the next block are fetched while one is settled.
-                let fetch = |rows: Range<usize>| {
-                    let mut open = [0; TOKENS_MAX];
-                    for (i, open) in open.iter_mut().enumerate().take(n) {
-                        // SAFETY: each chunk of rows comes up once.
-                        *open = unsafe { of(i).open(floors[i], rows.clone()) };
-                    }
-                    for i in ones(open.iter().fold(0, |any, open| any | open)) {
-                        self.prefetch(second_half(fast, rows.start + i));
-                    }
-                    open
-                };
-                let mut next = fetch(block(item * SETTLE_ROWS));
-                for first in (item * SETTLE_ROWS..end).step_by(BLOCK_ROWS) {
-                    let open = next;
-                    if first + BLOCK_ROWS < end {
-                        next = fetch(block(first + BLOCK_ROWS));
-                    }
-                    for (i, open) in open.into_iter().enumerate().take(n) {
-                        // SAFETY: each chunk of rows comes up once.
-                        unsafe { of(i).settle(self, floors[i], (block(first), open), &mut list) };
-                    }
-                }
+                let rows = item * SETTLE_ROWS..n_vocab.min((item + 1) * SETTLE_ROWS);
+                // SAFETY: each chunk of rows comes up once.
+                unsafe { self.settle_rows(fast, &floors[..n], &of, rows, &mut list) };
             }
         });
+    }
+
+    /// Settles some rows for all inputs. Rows that may matter lie scattered: what any input wants of the next block is fetched
+    /// while one is settled.
+    ///
+    /// # Safety
+    /// Nobody else uses the logits of these rows meanwhile.
+    unsafe fn settle_rows<'s>(
+        self,
+        fast: &FastHead<'_>,
+        floors: &[f32],
+        of: &dyn Fn(usize) -> Settle<'s>,
+        rows: Range<usize>,
+        list: &mut Vec<u32>,
+    ) {
+        let block = |first: usize| first..rows.end.min(first + BLOCK_ROWS);
+        let fetch = |rows: Range<usize>| {
+            let mut open = [0; TOKENS_MAX];
+            for (i, (open, floor)) in open.iter_mut().zip(floors).enumerate() {
+                // SAFETY: the caller's promise.
+                *open = unsafe { of(i).open(*floor, rows.clone()) };
+            }
+            for i in ones(open.iter().fold(0, |any, open| any | open)) {
+                self.prefetch(second_half(fast, rows.start + i));
+            }
+            open
+        };
+        let mut next = fetch(block(rows.start));
+        for first in rows.clone().step_by(BLOCK_ROWS) {
+            let open = next;
+            if first + BLOCK_ROWS < rows.end {
+                next = fetch(block(first + BLOCK_ROWS));
+            }
+            for (i, (open, floor)) in open.into_iter().zip(floors).enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { of(i).settle(self, *floor, (block(first), open), list) };
+            }
+        }
     }
 
     /// Starts to fetch bytes that are read soon.

@@ -36,10 +36,10 @@ pub(in super::super) fn suits(acts: &QuantizedRows, jobs: &[MatmulJob<'_>]) -> b
     acts.n_rows() >= BLOCK_TOKENS && jobs.iter().all(|job| job.lookup.is_some())
 }
 
-/// Multiplies the matrices of `jobs`, which [`suits`], with `acts`. The CPU must have AVX-512 F, BW, VL and VNNI.
+/// Multiplies the matrices of `jobs`, which [`suits`], with `acts`.
 ///
 /// # Safety
-/// It has them.
+/// The CPU has AVX-512 F, BW, VL and VNNI.
 pub(in super::super) unsafe fn matmul(pool: &ThreadPool, acts: &QuantizedRows, jobs: &[MatmulJob<'_>]) {
     let n_groups = jobs.iter().filter_map(|job| job.lookup).map(|matrix| matrix.n_groups()).sum();
     let n_blocks = acts.n_rows().div_ceil(BLOCK_TOKENS);
@@ -129,5 +129,24 @@ impl Split {
             }
         }
         best.1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_shared_before_tokens_and_no_thread_is_left_without_work() {
+        let parts = |split: Split| (split.n_row_parts, split.n_token_parts);
+        assert_eq!(parts(Split::best(20, 8, 1)), (1, 1));
+        assert_eq!(parts(Split::best(20, 8, 2)), (2, 1));
+        assert_eq!(parts(Split::best(108, 3, 12)), (12, 1));
+        for (n_groups, n_blocks, n_threads) in [(1, 8, 4), (3, 1, 2), (20, 8, 12), (20, 8, 192), (108, 1, 64)]
+        {
+            let (n_row_parts, n_token_parts) = parts(Split::best(n_groups, n_blocks, n_threads));
+            assert!(n_row_parts <= n_groups && n_token_parts <= n_blocks);
+            assert!(2 * n_row_parts * n_token_parts >= n_threads.min(n_groups * n_blocks));
+        }
     }
 }
