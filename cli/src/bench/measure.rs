@@ -49,10 +49,12 @@ pub(super) async fn run(
 ) -> Result<(), CliError> {
     let (prefill, decode, local) = Local::with(config, async |local| {
         let mut tokens = Tokens::below(local.model.n_vocab);
-        note("reading a prompt");
-        let prefill = prefill(&local, setup, &mut tokens).await?;
+        // The first steps are short: how fast the machine is, the worker learns from them. And pages are touched first.
+        read_prompts(&local, setup, N_UNCOUNTED, &mut tokens).await?;
         note("waiting for the fast image");
         image_settled(&local).await?;
+        note("reading a prompt");
+        let prefill = read_prompts(&local, setup, setup.repeats, &mut tokens).await?;
         let mut decode = Vec::new();
         // One of each prompt that was read.
         let mut n_generated = u64::from(N_UNCOUNTED) + u64::from(setup.repeats);
@@ -148,14 +150,15 @@ async fn step_bytes(local: &Local, n_generated: u64) -> u64 {
     }
 }
 
-/// Prompt tokens a second.
-async fn prefill(local: &Local, setup: &Setup, tokens: &mut Tokens) -> Result<Vec<f64>, CliError> {
-    // The first steps are short: how fast the machine is, the worker learns from them. And pages are touched first.
-    for _ in 0..N_UNCOUNTED {
-        follow(start(local, tokens.prompt(setup.prompt_tokens), 1).await?).await?;
-    }
+/// Prompt tokens a second, `n` times.
+async fn read_prompts(
+    local: &Local,
+    setup: &Setup,
+    n: u16,
+    tokens: &mut Tokens,
+) -> Result<Vec<f64>, CliError> {
     let mut runs = Vec::new();
-    for _ in 0..setup.repeats {
+    for _ in 0..n {
         let (_, done) = follow(start(local, tokens.prompt(setup.prompt_tokens), 1).await?).await?;
         runs.push(f64::from(setup.prompt_tokens) / done.timings.prefill_s.max(1e-9));
     }
