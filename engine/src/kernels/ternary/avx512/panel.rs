@@ -23,7 +23,7 @@ pub(super) const PANEL_ROWS: usize = TILES * TILE_ROWS;
 
 /// Bytes of panels that are multiplied with a group of tokens before the next group comes: together with the
 /// group they stay in the L2 cache, and the group's outputs are written in longer pieces.
-pub(super) const PANELS_BYTES: usize = 384 << 10;
+const PANELS_BYTES: usize = 384 << 10;
 
 /// Columns whose products one lane of one instruction adds up.
 const STEP_COLS: usize = 4;
@@ -37,30 +37,32 @@ const LINE_STEPS: usize = BLOCK_STEPS / BLOCK_LINES;
 /// Multiplies the rows of a job. Only this thread may have them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn matmul<const REVERSED: bool>(job: &RowsJob<'_>, acts: &QuantizedRows, panels: &mut Vec<Line>) {
+    let (n_panels, panel_lines) = reserve(job, panels);
+    for first_row in (0..job.rows.n_rows()).step_by(n_panels * PANEL_ROWS) {
+        let first_rows = (first_row..job.rows.n_rows()).step_by(PANEL_ROWS).take(n_panels);
+        for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact_mut(panel_lines)) {
+            unpack::<REVERSED>(job.rows, first_row, panel);
+        }
+        // Groups of nearly equal size: a group of one would cost as much as one of six.
+        let n_groups = acts.n_rows().div_ceil(TOKENS_MAX);
+        for group in 0..n_groups {
+            let tokens = group * acts.n_rows() / n_groups..(group + 1) * acts.n_rows() / n_groups;
+            for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact(panel_lines)) {
+                multiply_any(job, acts, tokens.clone(), first_row, panel);
+            }
+        }
+    }
+}
+
+/// Makes room for so many panels of a job as are used together: their number, and the lines of each.
+pub(super) fn reserve(job: &RowsJob<'_>, panels: &mut Vec<Line>) -> (usize, usize) {
     let panel_lines = job.rows.n_blocks() * BLOCK_STEPS * TILES;
     let panel_bytes = panel_lines * size_of::<Line>();
     let n_panels = (PANELS_BYTES / panel_bytes).clamp(1, job.rows.n_rows().div_ceil(PANEL_ROWS));
     if panels.len() < n_panels * panel_lines {
         panels.resize(n_panels * panel_lines, Line([0; 64]));
     }
-    for first_row in (0..job.rows.n_rows()).step_by(n_panels * PANEL_ROWS) {
-        let first_rows = (first_row..job.rows.n_rows()).step_by(PANEL_ROWS);
-        for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact_mut(panel_lines)).take(n_panels)
-        {
-            for tile in 0..TILES {
-                unpack::<REVERSED>(job.rows, first_row + tile * TILE_ROWS, tile, panel);
-            }
-        }
-        // Groups of nearly equal size: a group of one would cost as much as one of six.
-        let n_groups = acts.n_rows().div_ceil(TOKENS_MAX);
-        for group in 0..n_groups {
-            let tokens = group * acts.n_rows() / n_groups..(group + 1) * acts.n_rows() / n_groups;
-            for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact(panel_lines)).take(n_panels)
-            {
-                multiply_any(job, acts, tokens.clone(), first_row, panel);
-            }
-        }
-    }
+    (n_panels, panel_lines)
 }
 
 /// Multiplies a panel with up to [`TOKENS_MAX`] tokens: their number becomes a constant, so that the sums stay
@@ -184,14 +186,17 @@ fn multiply<const T: usize>(
     sums
 }
 
+/// Unpacks the rows from `first` into a panel. Past the last row it repeats that.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn unpack<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, panel: &mut [Line]) {
+    for tile in 0..TILES {
+        unpack_tile::<REVERSED>(rows, first + tile * TILE_ROWS, tile, panel);
+    }
+}
+
 /// Unpacks 16 rows from `first` into tile `tile` of a panel. Past the last row it repeats that.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn unpack<const REVERSED: bool>(
-    rows: PackedRows<'_>,
-    first: usize,
-    tile: usize,
-    panel: &mut [Line],
-) {
+fn unpack_tile<const REVERSED: bool>(rows: PackedRows<'_>, first: usize, tile: usize, panel: &mut [Line]) {
     let starts = rows.starts::<TILE_ROWS>(first);
     let blocks = panel.chunks_exact_mut(BLOCK_STEPS * TILES);
     for (block, panel) in (0..rows.n_blocks()).zip(blocks) {

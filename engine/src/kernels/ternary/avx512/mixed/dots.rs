@@ -7,7 +7,7 @@ use super::super::super::packed::{PackedRows, RowsJob};
 use super::super::super::quantized_rows::Line;
 use super::super::super::{TILE_ROWS, TokenScale};
 use super::super::finish_dots;
-use super::super::panel::{PANEL_ROWS, PANELS_BYTES, unpack};
+use super::super::panel::{PANEL_ROWS, reserve, unpack};
 use super::adds::Adds;
 use super::step::{self, DotSteps, TILES};
 use super::values::{BLOCK_GROUPS, GROUP_TOKENS, LAST_TOKENS, Values};
@@ -38,44 +38,20 @@ fn multiply_rows(
     panels: &mut Vec<Line>,
     adds: &mut Adds<'_>,
 ) {
-    let panel_lines = values.n_steps() * TILES;
-    let n_panels =
-        (PANELS_BYTES / (panel_lines * size_of::<Line>())).clamp(1, job.rows.n_rows().div_ceil(PANEL_ROWS));
-    if panels.len() < n_panels * panel_lines {
-        panels.resize(n_panels * panel_lines, Line([0; 64]));
-    }
+    let (n_panels, panel_lines) = reserve(job, panels);
     for first_row in (0..job.rows.n_rows()).step_by(n_panels * PANEL_ROWS) {
-        let first_rows = (first_row..job.rows.n_rows()).step_by(PANEL_ROWS);
-        for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact_mut(panel_lines)).take(n_panels)
-        {
-            for tile in 0..TILES {
-                unpack::<false>(job.rows, first_row + tile * TILE_ROWS, tile, panel);
-            }
+        let first_rows = (first_row..job.rows.n_rows()).step_by(PANEL_ROWS).take(n_panels);
+        for (first_row, panel) in first_rows.clone().zip(panels.chunks_exact_mut(panel_lines)) {
+            unpack::<false>(job.rows, first_row, panel);
         }
-        for block in 0..values.n_blocks() {
-            for group in 0..BLOCK_GROUPS {
-                for (first_row, panel) in
-                    first_rows.clone().zip(panels.chunks_exact(panel_lines)).take(n_panels)
-                {
-                    if group + 1 < BLOCK_GROUPS {
-                        multiply_group::<GROUP_TOKENS>(
-                            unit,
-                            job,
-                            (first_row, panel),
-                            values,
-                            (block, group),
-                            adds,
-                        );
-                    } else {
-                        multiply_group::<LAST_TOKENS>(
-                            unit,
-                            job,
-                            (first_row, panel),
-                            values,
-                            (block, group),
-                            adds,
-                        );
-                    }
+        for place in
+            (0..values.n_blocks()).flat_map(|block| (0..BLOCK_GROUPS).map(move |group| (block, group)))
+        {
+            for panel in first_rows.clone().zip(panels.chunks_exact(panel_lines)) {
+                if place.1 + 1 < BLOCK_GROUPS {
+                    multiply_group::<GROUP_TOKENS>(unit, job, panel, values, place, adds);
+                } else {
+                    multiply_group::<LAST_TOKENS>(unit, job, panel, values, place, adds);
                 }
             }
         }
