@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use bitnetd_config::Config;
 use bitnetd_proto::event::Done;
 use bitnetd_proto::exit_code::ExitCode;
+use bitnetd_proto::limits::MAX_TOKENS_MAX;
 use bitnetd_proto::request::{GenerateRequest, Prompt};
 use bitnetd_proto::worker_link::{ImageState, WorkerLoad};
 use tokio::task::LocalSet;
@@ -26,6 +27,9 @@ const REPORT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Prompts that are read before the first that counts.
 const N_UNCOUNTED: u16 = 2;
+
+/// How often answers that were hardly ever generated together are asked for again, each time twice as long.
+const N_LONGER: u32 = 8;
 
 /// How often to look whether it is so.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -60,8 +64,10 @@ pub(super) async fn run(
         let mut n_generated = u64::from(N_UNCOUNTED) + u64::from(setup.repeats);
         for n in &setup.sequences {
             note(&format!("{n} answers together"));
-            let runs = self::decode(&local, setup, *n, &mut tokens).await?;
-            n_generated += *n as u64 * u64::from(setup.answer_tokens) * u64::from(setup.repeats);
+            let mut runs = Vec::new();
+            for _ in 0..setup.repeats {
+                runs.push(self::decode(&local, setup, *n, &mut tokens, &mut n_generated).await?);
+            }
             decode.push((*n, runs, step_bytes(&local, n_generated).await));
         }
         Ok((prefill, decode, local))
@@ -165,39 +171,63 @@ async fn read_prompts(
     Ok(runs)
 }
 
-/// Tokens a second of `n` answers together, while all of them are being generated.
-async fn decode(local: &Local, setup: &Setup, n: usize, tokens: &mut Tokens) -> Result<Vec<f64>, CliError> {
-    let mut runs = Vec::new();
-    for _ in 0..setup.repeats {
-        let mut jobs = Vec::new();
-        for _ in 0..n {
-            jobs.push(start(local, tokens.prompt(SHORT_PROMPT), setup.answer_tokens).await?);
+/// Tokens a second of `n` answers together, while all of them are being generated; `n_generated` grows by their tokens. Answers
+/// of a small model may be over before the last of them has begun: longer ones are not.
+async fn decode(
+    local: &Local,
+    setup: &Setup,
+    n: usize,
+    tokens: &mut Tokens,
+    n_generated: &mut u64,
+) -> Result<f64, CliError> {
+    for n_longer in 0..=N_LONGER {
+        let answer_tokens = setup.answer_tokens.saturating_mul(1 << n_longer).min(MAX_TOKENS_MAX);
+        let arrivals = answers(local, n, answer_tokens, tokens).await?;
+        *n_generated += arrivals.iter().map(|job| job.len() as u64).sum::<u64>();
+        if let Some(rate) = common_rate(&arrivals) {
+            return Ok(rate);
         }
-        let all = LocalSet::new();
-        let following: Vec<_> = jobs.into_iter().map(|job| all.spawn_local(follow(job))).collect();
-        let arrivals = all
-            .run_until(async {
-                let mut arrivals = Vec::new();
-                for job in following {
-                    let followed = job.await.map_err(|error| CliError::new(ExitCode::Software, error))?;
-                    arrivals.push(followed?.0);
-                }
-                Ok::<_, CliError>(arrivals)
-            })
-            .await?;
-        runs.push(common_rate(&arrivals));
     }
-    Ok(runs)
+    let what = format!("{n} answers were over before all of them had begun, however long they were");
+    Err(CliError::new(ExitCode::Software, what).hint("measure fewer of them together: --sequences"))
 }
 
-/// Arrivals a second from the moment every job has its first until one has its last.
+/// When each token of `n` answers came that were asked for at the same time.
+async fn answers(
+    local: &Local,
+    n: usize,
+    answer_tokens: u32,
+    tokens: &mut Tokens,
+) -> Result<Vec<Vec<Instant>>, CliError> {
+    let mut jobs = Vec::new();
+    for _ in 0..n {
+        jobs.push(start(local, tokens.prompt(SHORT_PROMPT), answer_tokens).await?);
+    }
+    let all = LocalSet::new();
+    let following: Vec<_> = jobs.into_iter().map(|job| all.spawn_local(follow(job))).collect();
+    all.run_until(async {
+        let mut arrivals = Vec::new();
+        for job in following {
+            let followed = job.await.map_err(|error| CliError::new(ExitCode::Software, error))?;
+            arrivals.push(followed?.0);
+        }
+        Ok(arrivals)
+    })
+    .await
+}
+
+/// Arrivals a second from the moment every job has its first until one has its last; none if that is less than half of them.
 #[expect(clippy::cast_precision_loss, reason = "a rate, good to a few digits")]
-fn common_rate(arrivals: &[Vec<Instant>]) -> f64 {
-    let begin = arrivals.iter().filter_map(|job| job.first()).max();
-    let end = arrivals.iter().filter_map(|job| job.last()).min();
-    let (Some(begin), Some(end)) = (begin, end) else { return 0.0 };
-    let n = arrivals.iter().flatten().filter(|at| *at > begin && *at <= end).count();
-    n as f64 / end.saturating_duration_since(*begin).as_secs_f64().max(1e-9)
+fn common_rate(arrivals: &[Vec<Instant>]) -> Option<f64> {
+    let begin = *arrivals.iter().filter_map(|job| job.first()).max()?;
+    let end = *arrivals.iter().filter_map(|job| job.last()).min()?;
+    let (mut n, mut n_common) = (0_usize, 0_usize);
+    for at in arrivals.iter().flatten() {
+        n += 1;
+        n_common += usize::from(*at > begin && *at <= end);
+    }
+    let is_enough = n_common > 0 && 2 * n_common >= n;
+    is_enough.then(|| n_common as f64 / end.saturating_duration_since(begin).as_secs_f64())
 }
 
 async fn start(local: &Local, prompt: Vec<u32>, max_tokens: u32) -> Result<LocalJob, CliError> {
@@ -254,10 +284,20 @@ mod tests {
     fn only_the_time_in_which_all_generate_counts() {
         let zero = Instant::now();
         let at = |ms: &[u64]| ms.iter().map(|ms| zero + Duration::from_millis(*ms)).collect::<Vec<_>>();
-        // From 20 to 40: two tokens of the first, one of the second.
-        let rate = common_rate(&[at(&[10, 20, 30, 40]), at(&[20, 35, 50])]);
-        assert!((rate - 150.0).abs() < 1e-6, "{rate}");
-        assert_eq!(common_rate(&[Vec::new()]), 0.0);
+        // From 20 to 40: two tokens of each.
+        let rate = common_rate(&[at(&[10, 20, 30, 40]), at(&[20, 35, 38, 50])]);
+        assert!(rate.is_some_and(|rate| (rate - 200.0).abs() < 1e-6), "{rate:?}");
+        assert_eq!(common_rate(&[Vec::new()]), None);
+    }
+
+    #[test]
+    fn answers_one_after_the_other_have_no_rate_together() {
+        let zero = Instant::now();
+        let at = |ms: &[u64]| ms.iter().map(|ms| zero + Duration::from_millis(*ms)).collect::<Vec<_>>();
+        assert_eq!(common_rate(&[at(&[10, 20, 30]), at(&[40, 50, 60])]), None);
+        assert_eq!(common_rate(&[at(&[10, 20, 30]), at(&[30, 40, 50])]), None);
+        assert_eq!(common_rate(&[at(&[10])]), None);
+        assert_eq!(common_rate(&[at(&[10]), at(&[10])]), None);
     }
 
     #[test]
