@@ -66,7 +66,7 @@ impl KernelSet {
     /// Logits of every row of `x` (n, cols) into `logits` (n, vocabulary), as far as they are `wanted`.
     ///
     /// Logits that [`Wanted`] asks for are to the bit what [`Self::dense_matmul`] gives; all others, which cannot be
-    /// chosen, are minus infinity (or exact as well). "Cannot" rests on errors within 8 standard deviations (normal errors:
+    /// chosen, are minus infinity (or exact as well). "Cannot" rests on errors within 7 standard deviations (normal errors:
     /// always; with the rotation they are normal). An input that is not finite gets all rows exactly. The
     /// result does not depend on the batch, the threads or the instruction set.
     ///

@@ -26,8 +26,8 @@ use crate::noise::NOISE_LANES;
 use crate::pool::ThreadPool;
 
 /// A logit is taken to be within so many standard deviations of its approximation. The chosen token is another one than
-/// the whole exact head would give only if the error of *its* logit is larger: for normal errors once in 10^15 tokens.
-pub(super) const N_DEVIATIONS: f32 = 8.0;
+/// the whole exact head would give only if the error of *its* logit is larger: for normal errors once in 10^12 tokens.
+pub(super) const N_DEVIATIONS: f32 = 7.0;
 
 /// Rows whose largest approximate score is kept.
 pub(super) const BLOCK_ROWS: usize = NOISE_LANES;
@@ -223,13 +223,15 @@ impl ScreenRows<'_> {
     fn run(&self, kernels: KernelSet, block: usize) {
         let n_vocab = self.fast.n_rows();
         let rows = block * BLOCK_ROWS..n_vocab.min((block + 1) * BLOCK_ROWS);
-        let mut row = rows.start;
-        while row + 4 <= rows.end {
-            self.tiles::<4>(kernels, row);
-            row += 4;
-        }
-        for row in row..rows.end {
-            self.tiles::<1>(kernels, row);
+        let mut token = 0;
+        // As many sums as fit in 32 registers beside the codes.
+        while token < self.inputs.len() {
+            token += match self.inputs.len() - token {
+                8.. => self.strip::<2, 8>(kernels, rows.clone(), token),
+                4.. => self.strip::<4, 4>(kernels, rows.clone(), token),
+                2.. => self.strip::<4, 2>(kernels, rows.clone(), token),
+                _ => self.strip::<4, 1>(kernels, rows.clone(), token),
+            };
         }
         for (i, (input, wanted)) in self.inputs.iter().zip(self.wanted).enumerate() {
             let at = i * n_vocab + rows.start;
@@ -248,21 +250,31 @@ impl ScreenRows<'_> {
         }
     }
 
-    /// `R` rows times every input.
-    fn tiles<const R: usize>(&self, kernels: KernelSet, row: usize) {
+    /// All rows of a block times `T` inputs, `R` rows at a time. Returns `T`.
+    fn strip<const R: usize, const T: usize>(
+        &self,
+        kernels: KernelSet,
+        rows: Range<usize>,
+        token: usize,
+    ) -> usize {
+        let mut row = rows.start;
+        while row + R <= rows.end {
+            self.tile::<R, T>(kernels, row, token);
+            row += R;
+        }
+        for row in row..rows.end {
+            self.tile::<1, T>(kernels, row, token);
+        }
+        T
+    }
+
+    fn tile<const R: usize, const T: usize>(&self, kernels: KernelSet, row: usize, token: usize) {
         let codes = self.fast.half(0);
         let rows: [&[u8]; R] =
             std::array::from_fn(|r| &codes[(row + r) * self.row_bytes..][..self.row_bytes]);
-        let x = |token: usize| &self.codes[token * self.row_bytes * 4..][..self.row_bytes * 4];
-        let mut token = 0;
-        while token + 4 <= self.inputs.len() {
-            let x = std::array::from_fn::<_, 4, _>(|t| x(token + t));
-            self.put(row, token, &kernels.head_sums(rows, x));
-            token += 4;
-        }
-        for token in token..self.inputs.len() {
-            self.put(row, token, &kernels.head_sums(rows, [x(token)]));
-        }
+        let x: [&[i8]; T] =
+            std::array::from_fn(|t| &self.codes[(token + t) * self.row_bytes * 4..][..self.row_bytes * 4]);
+        self.put(row, token, &kernels.head_sums(rows, x));
     }
 
     fn put<const R: usize, const T: usize>(&self, row: usize, token: usize, sums: &[[i32; T]; R]) {
