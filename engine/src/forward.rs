@@ -290,13 +290,7 @@ impl Forward {
         kernels.glu_norm_quantize(pool, activation, [&*gate, &*up], sub_norm, &mut s.acts);
         let job = MatmulJob::new(model.ternary(&layer.ffn_down), x, Store::Add)
             .with_lookup(image.map(|image| image.ffn_down));
-        kernels.ternary_sparse(pool, &s.acts, job, image.and_then(|image| image.down_columns));
-        match image.and_then(|image| image.down_columns) {
-            Some(columns) if n == 1 && kernels.reads_image() => {
-                (s.acts.n_zeros(0) * columns.column_bytes()) as u64
-            }
-            _ => 0,
-        }
+        kernels.ternary_sparse(pool, &s.acts, job, image.and_then(|image| image.down_columns)) as u64
     }
 
     /// logits = output · rmsnorm(x), for the rows that want them

@@ -225,10 +225,25 @@ impl ThreadPool {
     /// # Panics
     /// If `chunk` is 0; re-raises a panic of `f`.
     pub fn for_each_chunk(&self, n_items: usize, chunk: usize, f: &(dyn Fn(usize, Range<usize>) + Sync)) {
+        self.for_each_chunk_after(&|_| {}, n_items, chunk, f);
+    }
+
+    /// As [`Self::for_each_chunk`], after every thread that takes part has called `prepare(thread index)` for itself.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn for_each_chunk_after(
+        &self,
+        prepare: &(dyn Fn(usize) + Sync),
+        n_items: usize,
+        chunk: usize,
+        f: &(dyn Fn(usize, Range<usize>) + Sync),
+    ) {
         assert!(chunk > 0, "a chunk has at least one item");
         let n_chunks = n_items.div_ceil(chunk);
         let items = |i: usize| i * chunk..n_items.min((i + 1) * chunk);
         if self.threads.is_empty() || n_chunks <= 1 {
+            prepare(0);
             return (0..n_chunks).for_each(|i| f(0, items(i)));
         }
         let n_threads = self.n_threads();
@@ -238,6 +253,7 @@ impl ThreadPool {
         }
         let next_chunks = &self.next_chunks;
         self.run(&|thread| {
+            prepare(thread);
             for victim in (thread..n_threads).chain(0..thread) {
                 loop {
                     let i = next_chunks[victim].0.fetch_add(1, Ordering::Relaxed);

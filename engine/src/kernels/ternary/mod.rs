@@ -49,7 +49,7 @@ pub use quantize::Norm;
 pub use quantized_rows::QuantizedRows;
 use quantized_rows::{BLOCK_LINES, Line};
 #[cfg(target_arch = "x86_64")]
-use sparse::{ColumnsJob, NON_ZERO};
+use sparse::{ColumnsJob, NON_ZERO, NonZero};
 pub use tables::BLOCK_TOKENS;
 
 /// What happens to what is already in the output.
@@ -179,7 +179,7 @@ impl KernelSet {
     }
 
     /// Multiplies one token, many of whose activations are zero, with the same weights by columns, where
-    /// [`Self::reads_image`]; otherwise as [`Self::ternary_matmul`].
+    /// [`Self::reads_image`]; otherwise as [`Self::ternary_matmul`]. Returns how many bytes of weights need not be read.
     ///
     /// # Panics
     /// As [`Self::ternary_matmul`], and if `columns` has another shape.
@@ -193,7 +193,7 @@ impl KernelSet {
             expect(unused_variables, reason = "no other instruction set has this product")
         )]
         columns: Option<ColumnMatrix<'_>>,
-    ) {
+    ) -> usize {
         #[cfg(target_arch = "x86_64")]
         if let (1, true, Some(matrix)) = (acts.n_rows(), self.reads_image(), columns) {
             let shape = (job.matrix.n_rows(), job.matrix.n_cols());
@@ -201,21 +201,29 @@ impl KernelSet {
             assert_eq!(matrix.n_cols(), acts.n_cols(), "columns of {matrix:?} and of {acts:?}");
             assert_eq!(job.out.len(), matrix.n_rows(), "output of {matrix:?} times {acts:?}");
             let (token, scale, out) = (TokenScale::of(acts, 0), job.matrix.scale(), &job.out);
-            return NON_ZERO.with_borrow_mut(|nonzero| {
-                nonzero.of(acts);
-                let job = ColumnsJob { matrix, nonzero, token, scale, out };
-                let n_lines = matrix.column_bytes() / columns::LINE_BYTES;
-                // Long pieces of columns where the threads can have equal shares of them.
-                let is_even = n_lines.is_multiple_of(pool.n_threads());
-                let chunk_lines =
-                    if is_even { avx512::columns::LINES_MAX.min(n_lines / pool.n_threads()) } else { 1 };
-                pool.for_each_chunk(n_lines, chunk_lines, &|_, lines| {
+            let job = ColumnsJob { matrix, token, scale, out };
+            let n_lines = matrix.column_bytes() / columns::LINE_BYTES;
+            // Long pieces of columns where the threads can have equal shares of them.
+            let is_even = n_lines.is_multiple_of(pool.n_threads());
+            let chunk_lines =
+                if is_even { avx512::columns::LINES_MAX.min(n_lines / pool.n_threads()) } else { 1 };
+            let find = |_| {
+                NON_ZERO.with_borrow_mut(|nonzero| {
                     // SAFETY: `isa` is `Avx512Vnni` only if `for_isa` saw AVX-512 F, BW, VL and VNNI on this CPU.
-                    unsafe { avx512::columns::matmul(&job, lines) };
+                    unsafe { avx512::columns::find(acts, nonzero) };
+                });
+            };
+            pool.for_each_chunk_after(&find, n_lines, chunk_lines, &|_, lines| {
+                NON_ZERO.with_borrow(|nonzero| {
+                    // SAFETY: as above.
+                    unsafe { avx512::columns::matmul(&job, nonzero, lines) };
                 });
             });
+            let n_zeros = acts.n_cols() - NON_ZERO.with_borrow(NonZero::len);
+            return n_zeros * matrix.column_bytes();
         }
         self.ternary_matmul(pool, acts, &mut [job]);
+        0
     }
 
     /// Multiplies some rows of a matrix. Only one thread may have these rows.

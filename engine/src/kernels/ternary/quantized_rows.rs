@@ -123,14 +123,6 @@ impl QuantizedRows {
         self.row(row).sum
     }
 
-    /// How many values of a row are zero.
-    #[must_use]
-    pub fn n_zeros(&self, row: usize) -> usize {
-        let n_nonzero: usize =
-            self.lines(row).iter().map(|line| line.0.iter().filter(|value| **value != 0).count()).sum();
-        self.n_cols - n_nonzero
-    }
-
     /// Sums over every 256 columns of a row.
     pub(super) fn block_sums(&self, row: usize) -> &[i32] {
         &self.row(row).block_sums[..self.n_blocks()]

@@ -6,75 +6,75 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::columns::{ColumnMatrix, LINE_ROWS, UNIT_COLS};
-use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, GROUP_COLS, Line};
+use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, GROUP_COLS};
 use super::{Output, QuantizedRows, TILE_ROWS, TokenScale};
 
-/// The columns of a token that are not zero, four at a time.
+/// The columns of a token that are not zero.
 #[derive(Default)]
 pub(super) struct NonZero {
-    pub(super) columns: Vec<[u32; 4]>,
-    /// Their values, which are signed; zeros where the last four are fewer.
-    pub(super) values: Vec<[u8; 4]>,
+    n: usize,
+    columns: Vec<u32>, // Room for all columns, and for what a register writes past them.
+    values: Vec<u8>,   // As many.
 }
+
+/// What is written at a time, of which the first some count.
+pub(super) const CHUNK: usize = 16;
 
 impl NonZero {
-    /// Those of the only row of `acts`.
-    pub(super) fn of(&mut self, acts: &QuantizedRows) {
-        let n_cols_max = acts.n_cols_max();
-        self.columns.clear();
-        self.values.clear();
-        // Once, for every token to come.
-        self.columns.reserve(n_cols_max.div_ceil(4));
-        self.values.reserve(n_cols_max.div_ceil(4));
-        let mut n = 0;
-        let (mut columns, mut values) = ([0; 4], [0; 4]);
-        for (line, bytes) in acts.lines(0).iter().enumerate() {
-            let mut mask = nonzero_bytes(bytes);
-            while mask != 0 {
-                let place = mask.trailing_zeros() as usize;
-                mask &= mask - 1;
-                (columns[n % 4], values[n % 4]) = (column_at(line, place), bytes.0[place].cast_unsigned());
-                n += 1;
-                if n % 4 == 0 {
-                    self.columns.push(columns);
-                    self.values.push(values);
-                }
-            }
-        }
-        if n % 4 > 0 {
-            let first = columns[0];
-            values[n % 4..].fill(0);
-            columns[n % 4..].fill(first);
-            self.columns.push(columns);
-            self.values.push(values);
+    /// Makes room for those of a row of `acts`. Of its thread's rows, the longest decides once.
+    pub(super) fn clear(&mut self, acts: &QuantizedRows) {
+        let n_places = acts.n_cols_max().next_multiple_of(BLOCK_COLS) + CHUNK;
+        self.n = 0;
+        self.columns.resize(n_places, 0);
+        self.values.resize(n_places, 0);
+    }
+
+    /// Adds the first `n` of these.
+    #[inline(always)]
+    pub(super) fn push(&mut self, n: usize, put: impl FnOnce(&mut [u32; CHUNK], &mut [u8; CHUNK])) {
+        let places = self.columns[self.n..].first_chunk_mut().zip(self.values[self.n..].first_chunk_mut());
+        if let Some((columns, values)) = places {
+            put(columns, values);
+            self.n += n;
         }
     }
-}
 
-/// A bit for each byte that is not 0.
-#[inline(always)]
-fn nonzero_bytes(line: &Line) -> u64 {
-    line.0.iter().enumerate().fold(0, |mask, (i, byte)| mask | u64::from(*byte != 0) << i)
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.n
+    }
+
+    /// Fills up the last four with a column that is there, times zero.
+    pub(super) fn finish(&mut self) {
+        let end = self.n.next_multiple_of(4);
+        self.columns[self.n..end].fill(0);
+        self.values[self.n..end].fill(0);
+    }
+
+    /// Four at a time: columns, and their values, which are signed.
+    pub(super) fn fours(&self) -> (&[[u32; 4]], &[[u8; 4]]) {
+        let end = self.n.next_multiple_of(4);
+        (self.columns[..end].as_chunks().0, self.values[..end].as_chunks().0)
+    }
 }
 
 /// The column whose value lies there; the inverse of [`super::quantized_rows::position`].
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "there are at most 2^20 columns")]
-fn column_at(line: usize, place: usize) -> u32 {
+pub(super) fn column_at(line: usize, place: usize) -> u32 {
     let (block, group) = (line / BLOCK_LINES, line % BLOCK_LINES);
     let (half, p) = (place / GROUP_COLS, place % GROUP_COLS);
     (block * BLOCK_COLS + half * UNIT_COLS + group * GROUP_COLS + p) as u32
 }
 
 thread_local! {
-    /// Of the thread that hands out the work; it allocates once.
+    /// Each thread finds them by itself: the numbers are few, but a list would have to come from the cache of another core.
     pub(super) static NON_ZERO: RefCell<NonZero> = RefCell::new(NonZero::default());
 }
 
 /// A product by columns, as the instruction sets are given it.
 pub(super) struct ColumnsJob<'a> {
     pub(super) matrix: ColumnMatrix<'a>,
-    pub(super) nonzero: &'a NonZero,
     pub(super) token: TokenScale,
     pub(super) scale: f32,
     pub(super) out: &'a Output<'a>,

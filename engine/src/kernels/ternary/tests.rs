@@ -172,8 +172,11 @@ fn check_columns(case: &Case, pool: &ThreadPool, matrix: TernaryMatrix<'_>, acts
         for kernels in KernelSet::all_present() {
             let mut out = before.clone();
             let job = MatmulJob::new(matrix, &mut out, case.store);
-            kernels.ternary_sparse(pool, &sparse, job, columns);
+            let left_out = kernels.ternary_sparse(pool, &sparse, job, columns);
             assert_same(&out, &expected, &format!("by columns, {keep} of 256, {} {case:?}", kernels.isa()));
+            let by_columns = columns.filter(|_| kernels.reads_image() && case.n_tokens == 1);
+            let n_zeros = (0..case.n_cols).filter(|col| sparse.value(0, *col) == 0).count();
+            assert_eq!(left_out, by_columns.map_or(0, |columns| n_zeros * columns.column_bytes()));
         }
     }
 }

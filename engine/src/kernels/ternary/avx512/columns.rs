@@ -7,7 +7,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::columns::{LINE_BYTES, LINE_ROWS};
-use super::super::sparse::ColumnsJob;
+use super::super::quantized_rows::{GROUP_COLS, QuantizedRows};
+use super::super::sparse::{CHUNK, ColumnsJob, NonZero, column_at};
 use super::masks;
 
 /// Registers of sums of a line: 16 rows each.
@@ -22,13 +23,14 @@ pub(in super::super) const LINES_MAX: usize = 5;
 
 /// Multiplies some lines of rows. Only this thread may have them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(in super::super) fn matmul(job: &ColumnsJob<'_>, lines: Range<usize>) {
+pub(in super::super) fn matmul(job: &ColumnsJob<'_>, nonzero: &NonZero, lines: Range<usize>) {
+    let (columns, values) = nonzero.fours();
     for first in lines.clone().step_by(LINES_MAX) {
         let lines = first..lines.end.min(first + LINES_MAX);
         let mut sums = [[_mm512_setzero_si512(); LINE_SUMS]; LINES_MAX];
-        for batch in (0..job.nonzero.columns.len()).step_by(BATCH) {
+        for batch in (0..columns.len()).step_by(BATCH) {
             for (line, sums) in lines.clone().zip(&mut sums) {
-                add_batch(job, line, batch, sums);
+                add_batch(job, line, (&columns[batch..], &values[batch..]), sums);
             }
         }
         for (line, sums) in lines.zip(&sums) {
@@ -39,17 +41,46 @@ pub(in super::super) fn matmul(job: &ColumnsJob<'_>, lines: Range<usize>) {
     }
 }
 
+/// Finds the columns of the only row of `acts` that are not zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(in super::super) fn find(acts: &QuantizedRows, nonzero: &mut NonZero) {
+    nonzero.clear(acts);
+    let count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (line, bytes) in acts.lines(0).iter().enumerate() {
+        for (i, bytes) in bytes.0.as_chunks::<CHUNK>().0.iter().enumerate() {
+            const { assert!(GROUP_COLS.is_multiple_of(CHUNK), "columns of a chunk follow each other") };
+            // SAFETY: reads the 16 bytes of `bytes`.
+            let values = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) });
+            let first = _mm512_set1_epi32(column_at(line, CHUNK * i).cast_signed());
+            let mask = _mm512_test_epi32_mask(values, values);
+            let columns = _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(first, count));
+            let values = _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(mask, values));
+            nonzero.push(mask.count_ones() as usize, |column_places, value_places| {
+                // SAFETY: 16 places of 4 bytes.
+                unsafe { _mm512_storeu_si512(column_places.as_mut_ptr().cast(), columns) };
+                // SAFETY: 16 bytes.
+                unsafe { _mm_storeu_si128(value_places.as_mut_ptr().cast(), values) };
+            });
+        }
+    }
+    nonzero.finish();
+}
+
 /// Adds the products of a line with some columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn add_batch(job: &ColumnsJob<'_>, line: usize, first: usize, sums: &mut [__m512i; LINE_SUMS]) {
+fn add_batch(
+    job: &ColumnsJob<'_>,
+    line: usize,
+    (columns, values): (&[[u32; 4]], &[[u8; 4]]),
+    sums: &mut [__m512i; LINE_SUMS],
+) {
     let masks = masks();
     let mut own = *sums;
     let column_bytes = job.matrix.column_bytes();
-    let columns = &job.nonzero.columns[first..];
     let upcoming = columns.get(BATCH..).unwrap_or_default();
     let bytes = job.matrix.bytes();
     let offset = |column: u32| column as usize * column_bytes + line * LINE_BYTES;
-    let fours = columns.iter().zip(&job.nonzero.values[first..]).take(BATCH);
+    let fours = columns.iter().zip(values).take(BATCH);
     for (i, (columns, values)) in fours.enumerate() {
         if let Some(upcoming) = upcoming.get(i) {
             for column in upcoming {
