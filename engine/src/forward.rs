@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::fast_image::{FastImage, ImageLayer};
 use crate::head::Wanted;
 use crate::kernels::KernelSet;
-use crate::kernels::float::{Activation, AttentionRow, AttentionScratch, AttentionShape, RopeTable};
+use crate::kernels::float::{Activation, AttentionRow, AttentionScratch, AttentionShape, KvSlots, RopeTable};
 use crate::kernels::head::FastHeadScratch;
 use crate::kernels::ternary::{MatmulJob, QuantizedRows, Store};
 use crate::kv::KvCache;
@@ -61,6 +61,7 @@ struct RunState {
     logits: Vec<f32>,                    // (rows with logits, n_vocab)
     positions: Vec<u32>,                 // (rows)
     visible: Vec<AttentionRow<'static>>, // (rows), while a pass runs
+    slots: KvSlots,                      // (rows): where keys and values go
     scratch: AttentionScratch,
 }
 
@@ -195,9 +196,10 @@ impl Forward {
         visible.extend(
             rows.iter().map(|row| AttentionRow { pages: row.pages, n_visible: row.position as usize + 1 }),
         );
+        self.state.slots.set(&visible);
         self.read_bytes = self.ternary_bytes(rows.len());
         for (index, layer) in model.layers().iter().enumerate() {
-            self.attend(&model, (index, layer), rows, &visible, kv);
+            self.attend(&model, (index, layer), &visible, kv);
             self.read_bytes -= self.feed_forward(&model, layer, index, rows.len());
         }
         self.state.visible = emptied(visible);
@@ -222,7 +224,6 @@ impl Forward {
         &mut self,
         model: &Model,
         (index, layer): (usize, &LayerWeights),
-        rows: &[Row<'_>],
         visible: &[AttentionRow<'_>],
         kv: &mut KvCache,
     ) {
@@ -231,7 +232,7 @@ impl Forward {
         let image = image.as_ref();
         let HyperParams { n_embd, n_heads, n_kv_heads, head_dim, rms_eps, .. } = *hparams;
         let style = hparams.architecture.rope_style();
-        let (kernels, pool, n, s) = (self.kernels, &self.pool, rows.len(), &mut self.state);
+        let (kernels, pool, n, s) = (self.kernels, &self.pool, visible.len(), &mut self.state);
         let (q_len, kv_len) = (n * hparams.q_width(), n * hparams.kv_width());
         let x = &mut s.x[..n * n_embd];
         let (q, block) = s.block.split_at_mut(q_len); // (n, n_heads, head_dim)
@@ -255,10 +256,7 @@ impl Forward {
         );
         kernels.rope_rows(pool, q, n_heads, &self.rope, &s.positions, style);
         kernels.rope_rows(pool, k, n_kv_heads, &self.rope, &s.positions, style);
-        let each_kv = k.chunks_exact(hparams.kv_width()).zip(v.chunks_exact(hparams.kv_width()));
-        for (row, (key, value)) in rows.iter().zip(each_kv) {
-            kv.store(kernels, index, (row.pages, row.position as usize), [key, value]);
-        }
+        kv.store((kernels, pool), index, &s.slots, [k, v]);
         let shape = AttentionShape { n_heads, n_kv_heads, head_dim };
         kernels.attention(pool, shape, q, kv.layer(index), visible, &mut s.scratch, attn);
         let sub_norm = layer.attn_sub_norm.as_deref().map(|weight| (weight, rms_eps));
@@ -348,6 +346,7 @@ impl RunState {
             logits: vec![0.0; n_logits * hparams.n_vocab],
             positions: Vec::with_capacity(rows),
             visible: Vec::with_capacity(rows),
+            slots: KvSlots::with_capacity(rows),
             scratch: AttentionScratch::new(n_threads, group, limits.n_ctx),
         }
     }

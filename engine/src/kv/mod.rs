@@ -13,11 +13,12 @@ use std::io;
 use std::str::FromStr;
 
 use half::f16;
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfBitsSliceExt;
 
 use crate::kernels::KernelSet;
-use crate::kernels::float::{F16Layer, KV_BLOCK_LEN, KV_PAGE_TOKENS, KvLayer, Q8Layer};
+use crate::kernels::float::{F16Layer, KV_BLOCK_LEN, KV_PAGE_TOKENS, KvLayer, KvLayerMut, KvSlots, Q8Layer};
 use crate::mapping::{LockPages, lock};
+use crate::pool::ThreadPool;
 
 /// What keys and values are stored as. It is part of what an answer depends on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -190,83 +191,36 @@ impl KvCache {
         }
     }
 
-    /// Writes the key and the value of one token, each (n_kv_heads, head_dim), rounded to what they are stored as.
+    /// Writes keys and values, both (rows, n_kv_heads, head_dim), rounded to what they are stored as.
+    ///
+    /// # Panics
+    /// If they are not as many rows as `slots`, or a page does not exist.
     pub fn store(
         &mut self,
-        kernels: KernelSet,
+        (kernels, pool): (KernelSet, &ThreadPool),
         layer: usize,
-        (pages, position): (&[u32], usize),
-        [key, value]: [&[f32]; 2],
+        slots: &KvSlots,
+        rows: [&[f32]; 2],
     ) {
         let KvShape { n_kv_heads, head_dim, .. } = self.shape;
-        let (page, token) = (pages[position / KV_PAGE_TOKENS] as usize, position % KV_PAGE_TOKENS);
-        let places = page * n_kv_heads..(page + 1) * n_kv_heads;
-        let heads = places.zip(key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim)));
-        let n_scales = self.shape.n_blocks() * KV_PAGE_TOKENS;
-        let head_len = head_dim * KV_PAGE_TOKENS;
-        match &mut self.layers[layer] {
+        let layer = match &mut self.layers[layer] {
             Layer::F16 { keys, values } => {
-                for (place, (key, value)) in heads {
-                    store_key_f16(&mut keys[place * head_len..][..head_len], token, key);
-                    let values: &mut [f16] = values[place * head_len..][..head_len].reinterpret_cast_mut();
-                    values[token * head_dim..][..head_dim].convert_from_f32_slice(value);
-                }
+                KvLayerMut::F16([keys.reinterpret_cast_mut(), values.reinterpret_cast_mut()])
             }
-            Layer::Q8_0 { key_codes, key_scales, value_codes, value_scales } => {
-                for (place, (key, value)) in heads {
-                    let codes = &mut key_codes[place * head_len..][..head_len];
-                    let scales = &mut key_scales[place * n_scales..][..n_scales];
-                    store_key_q8(kernels, (codes, scales), token, key);
-                    let codes = &mut value_codes[place * head_len..][..head_len];
-                    let scales = &mut value_scales[place * n_scales..][..n_scales];
-                    store_value_q8(kernels, (codes, scales), token, value);
-                }
-            }
-        }
-    }
-}
-
-/// Into the column of its token in (head_dim, [`KV_PAGE_TOKENS`]).
-fn store_key_f16(keys: &mut [u16], token: usize, key: &[f32]) {
-    let mut rounded = [f16::ZERO; 64];
-    let keys: &mut [f16] = keys.reinterpret_cast_mut();
-    for (keys, key) in keys.chunks_mut(64 * KV_PAGE_TOKENS).zip(key.chunks(64)) {
-        let rounded = &mut rounded[..key.len()];
-        rounded.convert_from_f32_slice(key);
-        for (column, x) in keys.as_chunks_mut::<KV_PAGE_TOKENS>().0.iter_mut().zip(rounded) {
-            column[token] = *x;
-        }
-    }
-}
-
-/// The same for codes and (blocks, [`KV_PAGE_TOKENS`]) scales.
-fn store_key_q8(kernels: KernelSet, (codes, scales): (&mut [i8], &mut [u16]), token: usize, key: &[f32]) {
-    let mut rounded = [0; KV_BLOCK_LEN];
-    let blocks =
-        codes.chunks_mut(KV_BLOCK_LEN * KV_PAGE_TOKENS).zip(scales.as_chunks_mut::<KV_PAGE_TOKENS>().0);
-    for ((codes, scales), key) in blocks.zip(key.chunks(KV_BLOCK_LEN)) {
-        scales[token] = kernels.quantize_kv_block(key, &mut rounded).to_bits();
-        for (column, code) in codes.as_chunks_mut::<KV_PAGE_TOKENS>().0.iter_mut().zip(rounded) {
-            column[token] = code;
-        }
-    }
-}
-
-/// Into the row of its token in ([`KV_PAGE_TOKENS`], head_dim) codes and ([`KV_PAGE_TOKENS`], blocks) scales.
-fn store_value_q8(kernels: KernelSet, (codes, scales): (&mut [i8], &mut [u16]), token: usize, value: &[f32]) {
-    let mut rounded = [0; KV_BLOCK_LEN];
-    let n_blocks = value.len().div_ceil(KV_BLOCK_LEN);
-    let codes = codes[token * value.len()..][..value.len()].chunks_mut(KV_BLOCK_LEN);
-    let scales = &mut scales[token * n_blocks..][..n_blocks];
-    for ((codes, scale), value) in codes.zip(scales).zip(value.chunks(KV_BLOCK_LEN)) {
-        *scale = kernels.quantize_kv_block(value, &mut rounded).to_bits();
-        codes.copy_from_slice(&rounded[..codes.len()]);
+            Layer::Q8_0 { key_codes, key_scales, value_codes, value_scales } => KvLayerMut::Q8_0([
+                (key_codes, key_scales.reinterpret_cast_mut()),
+                (value_codes, value_scales.reinterpret_cast_mut()),
+            ]),
+        };
+        kernels.store_kv(pool, (n_kv_heads, head_dim), slots, rows, layer);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::float::AttentionRow;
+    use crate::pool::PoolOptions;
 
     const SHAPE: KvShape =
         KvShape { kv_type: KvType::F16, n_layers: 2, n_kv_heads: 2, head_dim: 4, n_pages: 3 };
@@ -276,7 +230,10 @@ mod tests {
         let mut cache = KvCache::new(KvShape { kv_type, ..SHAPE });
         let key: Vec<f32> = (0..8_u8).map(f32::from).collect();
         let value: Vec<f32> = key.iter().map(|x| x + 100.0).collect();
-        cache.store(KernelSet::detect(), 1, (&[2, 0], KV_PAGE_TOKENS + 5), [&key, &value]);
+        let pool = ThreadPool::new(PoolOptions::unpinned(2)).unwrap();
+        let mut slots = KvSlots::default();
+        slots.set(&[AttentionRow { pages: &[2, 0], n_visible: KV_PAGE_TOKENS + 6 }]);
+        cache.store((KernelSet::detect(), &pool), 1, &slots, [&key, &value]);
         cache
     }
 
@@ -318,6 +275,41 @@ mod tests {
         }
         let KvLayer::Q8_0(other) = cache.layer(0) else { panic!("another type") };
         assert!(other.key_codes.iter().chain(other.value_codes).all(|code| *code == 0));
+    }
+
+    /// Threads write rows of several sequences at once, and several tokens of a page.
+    #[test]
+    fn many_rows_are_stored_as_one_after_the_other() {
+        let shape = KvShape { n_layers: 1, n_kv_heads: 3, head_dim: 70, n_pages: 5, ..SHAPE };
+        let pools = [1, 3].map(|n| ThreadPool::new(PoolOptions::unpinned(n)).unwrap());
+        let row = |pages, n_visible| AttentionRow { pages, n_visible };
+        let rows: Vec<AttentionRow<'_>> = (20..50)
+            .map(|n_visible| row(&[4, 1][..], n_visible))
+            .chain([row(&[0], 1), row(&[3, 2], 33)])
+            .collect();
+        let (small, wide) = (3 * 70, rows.len() * 3 * 70);
+        let number = |i: usize| f32::from(u16::try_from(i * 7919 % 4001).unwrap()) / 999.0 - 2.0;
+        let keys: Vec<f32> = (0..wide).map(number).collect();
+        let values: Vec<f32> = keys.iter().map(|x| x * 0.7 + 0.1).collect();
+        for kv_type in KvType::ALL {
+            let [mut each, mut all] = [(), ()].map(|()| KvCache::new(KvShape { kv_type, ..shape }));
+            let mut slots = KvSlots::with_capacity(rows.len());
+            for (i, row) in rows.iter().enumerate() {
+                slots.set(std::slice::from_ref(row));
+                let of = |all: &[f32]| all[i * small..(i + 1) * small].to_vec();
+                each.store((KernelSet::detect(), &pools[0]), 0, &slots, [&of(&keys), &of(&values)]);
+            }
+            slots.set(&rows);
+            all.store((KernelSet::detect(), &pools[1]), 0, &slots, [&keys, &values]);
+            assert_eq!(format!("{:?}", each.layers), format!("{:?}", all.layers), "{kv_type}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "two rows of a pass are the same position")]
+    fn one_slot_for_two_rows_is_refused() {
+        let row = AttentionRow { pages: &[1], n_visible: 3 };
+        KvSlots::default().set(&[row, row]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub(super) mod lanes; // Sixteen lanes on each instruction set.
 mod rope; // Rotary position embedding.
 pub(super) mod shared_out; // An output that several threads fill.
 mod stored; // Keys and values as the cache stores them.
+mod storing; // Writing them.
 
 #[cfg(test)]
 mod tests;
@@ -26,3 +27,4 @@ pub use attention::{AttentionRow, AttentionScratch, AttentionShape, KV_PAGE_TOKE
 pub use elementwise::Activation;
 pub use rope::{RopeStyle, RopeTable};
 pub use stored::{F16Layer, KV_BLOCK_LEN, KvLayer, Q8Layer};
+pub use storing::{KvLayerMut, KvSlots};

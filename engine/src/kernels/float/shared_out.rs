@@ -36,4 +36,17 @@ impl<'a, T> SharedOut<'a, T> {
         // SAFETY: inside the slice (above), which stays borrowed; the caller keeps parts disjoint.
         unsafe { std::slice::from_raw_parts_mut(data, len) }
     }
+    /// Writes element `i`.
+    ///
+    /// # Panics
+    /// If there is none.
+    ///
+    /// # Safety
+    /// No part with it is in use, and no other thread writes it now.
+    #[inline(always)]
+    pub(crate) unsafe fn set(&self, i: usize, value: T) {
+        // SAFETY: the caller's promise.
+        let element = unsafe { self.part(i, 1) };
+        element[0] = value;
+    }
 }

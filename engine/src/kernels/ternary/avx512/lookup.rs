@@ -25,6 +25,9 @@ const SIDE_BY_SIDE: usize = 4;
 /// Groups of rows that a thread takes at a time, at most: their sums stay in a cache.
 const PIECE_GROUPS_MAX: usize = 32;
 
+/// Shares of twice as many are cut up.
+const PIECE_GROUPS_MIN: usize = 16;
+
 /// The tables of a chunk.
 type ChunkTables = [[Line; STRIP_INDICES]; CHUNK_STRIPS];
 
@@ -62,15 +65,16 @@ impl Default for Scratch {
     }
 }
 
-/// Groups of rows that a thread takes at a time: so many that making tables is little, so few that a thread that was held up
-/// leaves work to the others, and such that all have the same to do.
+/// Groups of rows that a thread takes at a time. Making tables takes about as long as looking up one group: a thread has its share in
+/// one piece, unless pieces are long even so; then it leaves work to others if it was held up, and such that all have the same to do.
 pub(in super::super) fn piece(n_threads: usize, n_groups: usize) -> usize {
-    if n_threads == 1 {
-        return n_groups.clamp(1, PIECE_GROUPS_MAX);
+    let share = n_groups.div_ceil(n_threads).max(1);
+    if n_threads == 1 || share < 2 * PIECE_GROUPS_MIN {
+        return share.min(PIECE_GROUPS_MAX);
     }
     let longest = |piece: &usize| n_groups.div_ceil(*piece).div_ceil(n_threads) * piece;
-    let pieces = n_groups.div_ceil(4 * n_threads).max(1)..=n_groups.div_ceil(2 * n_threads).max(1);
-    pieces.rev().min_by_key(longest).unwrap_or(1).min(PIECE_GROUPS_MAX)
+    let pieces = PIECE_GROUPS_MIN..=PIECE_GROUPS_MAX.min(share.div_ceil(2));
+    pieces.rev().min_by_key(longest).unwrap_or(share)
 }
 
 /// Multiplies some groups of rows, which are counted through all `jobs`. Only this thread may have them.
