@@ -92,7 +92,9 @@ impl KernelSet {
                 Target::Q8_0(both.map(|(codes, scales)| (SharedOut::new(codes), SharedOut::new(scales))))
             }
         };
-        let chunk = n_items.div_ceil(ITEMS_PER_THREAD * pool.n_threads()).max(1);
+        // One row takes a few microseconds, no more than threads need to begin.
+        let n_pieces = if slots.slots.len() == 1 { 1 } else { ITEMS_PER_THREAD * pool.n_threads() };
+        let chunk = n_items.div_ceil(n_pieces).max(1);
         pool.for_each_chunk(n_items, chunk, &|_, items| {
             for item in items {
                 let (page, token) = slots.slots[item / n_kv_heads];
