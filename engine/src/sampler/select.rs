@@ -1,6 +1,6 @@
 //! Order, selection and exponentials of logits.
 
-/// Logits in a chunk whose maximum is looked at first.
+/// Logits in a chunk that is looked at as a whole first.
 pub(super) const CHUNK: usize = 64;
 
 /// What a logit counts as: NaN is minus infinity, plus infinity the largest number.
@@ -19,10 +19,16 @@ pub(super) fn maximum(logits: &[f32]) -> f32 {
 /// The first of the largest logits; 0 if there is none above minus infinity.
 pub(super) fn argmax(logits: &[f32]) -> u32 {
     let (mut best, mut best_id) = (f32::NEG_INFINITY, 0);
-    for (id, logit) in (0..).zip(logits) {
-        let logit = clean(*logit);
-        if logit > best {
-            (best, best_id) = (logit, id);
+    for (first, chunk) in (0..).step_by(CHUNK).zip(logits.chunks(CHUNK)) {
+        // Most chunks have none: without a branch for each logit that is soon known.
+        if !chunk.iter().fold(false, |any, logit| any | (clean(*logit) > best)) {
+            continue;
+        }
+        for (id, logit) in (first..).zip(chunk) {
+            let logit = clean(*logit);
+            if logit > best {
+                (best, best_id) = (logit, id);
+            }
         }
     }
     best_id

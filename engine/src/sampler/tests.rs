@@ -187,6 +187,20 @@ fn sample_by_definition(params: &SamplingParams, logits: &[f32], position: u64) 
 
 proptest! {
     #[test]
+    fn the_first_of_the_largest_is_found_wherever_it_is(
+        picks in prop::collection::vec((0usize..300, any::<f32>()), 0..12), n in 0usize..300, rest in prop_oneof![
+            Just(f32::NEG_INFINITY), Just(f32::NAN), Just(-1.0f32),
+        ],
+    ) {
+        let mut logits = vec![rest; n];
+        picks.iter().filter(|(place, _)| *place < n).for_each(|(place, logit)| logits[*place] = *logit);
+        let clean = |logit: f32| if logit.is_nan() { f32::NEG_INFINITY } else { logit.min(f32::MAX) };
+        let largest = logits.iter().map(|logit| clean(*logit)).fold(f32::NEG_INFINITY, f32::max);
+        let first = logits.iter().position(|logit| largest > f32::NEG_INFINITY && clean(*logit) == largest);
+        prop_assert_eq!(select::argmax(&logits) as usize, first.unwrap_or(0));
+    }
+
+    #[test]
     fn the_fast_way_is_the_defined_way(
         logits in prop::collection::vec(prop_oneof![
             8 => -8.0f32..8.0, 2 => (-2i8..3).prop_map(f32::from),
