@@ -22,11 +22,12 @@ const IMAGE_SLICE: Duration = Duration::from_millis(5);
 /// The longest slice between two steps.
 const IMAGE_SLICE_MAX: Duration = Duration::from_millis(40);
 
-/// For each generated token a slice between two steps may be so much longer: the more was asked for, the more is to come.
-const IMAGE_SLICE_PER_TOKEN: Duration = Duration::from_micros(64);
+/// For each step so far a slice between two steps may be so much longer: the more was asked for, the more is to come.
+const IMAGE_SLICE_PER_STEP: Duration = Duration::from_micros(64);
 
-/// Tokens that are generated before the fast image takes time from those to come: for a few it does not pay.
-const IMAGE_TOKENS_MIN: u64 = 16;
+/// Steps before the fast image takes time from those to come. So many lose about what it costs to make, since each reads the weights
+/// once: who stops before them has lost nothing by it, and who goes on at most twice what it costs (as with skis, rented or bought).
+const IMAGE_STEPS_MIN: u64 = 96;
 
 /// How often a worker without anything to do looks whether another one has made the fast image.
 const IMAGE_PATIENCE: Duration = Duration::from_millis(20);
@@ -43,10 +44,10 @@ pub(crate) struct StepLoop {
     hang_after: Option<u64>,
 }
 
-/// How long a slice between two steps is after so many tokens.
-fn slice_after(n_tokens: u64) -> Duration {
-    let n_tokens = u32::try_from(n_tokens).unwrap_or(u32::MAX);
-    (IMAGE_SLICE + IMAGE_SLICE_PER_TOKEN.saturating_mul(n_tokens)).min(IMAGE_SLICE_MAX)
+/// How long a slice between two steps is after so many.
+fn slice_after(n_steps: u64) -> Duration {
+    let n_steps = u32::try_from(n_steps).unwrap_or(u32::MAX);
+    (IMAGE_SLICE + IMAGE_SLICE_PER_STEP.saturating_mul(n_steps)).min(IMAGE_SLICE_MAX)
 }
 
 /// Whether to go on.
@@ -92,9 +93,9 @@ impl StepLoop {
             }
             self.engine.step(&mut events);
             self.report(&mut events)?;
-            let n_tokens = self.engine.stats().decode_tokens;
-            if n_tokens >= IMAGE_TOKENS_MIN {
-                self.fast_image.advance(&mut self.engine, slice_after(n_tokens));
+            let n_steps = self.engine.stats().steps;
+            if n_steps >= IMAGE_STEPS_MIN {
+                self.fast_image.advance(&mut self.engine, slice_after(n_steps));
             }
             while self.hang_after.is_some_and(|n_tokens| self.engine.stats().decode_tokens >= n_tokens) {
                 std::hint::spin_loop();
@@ -194,7 +195,7 @@ mod tests {
 
     #[test]
     fn slices_grow_with_what_was_asked_for_and_stay_short() {
-        assert!(slice_after(IMAGE_TOKENS_MIN) < Duration::from_millis(7));
+        assert!(slice_after(IMAGE_STEPS_MIN) < Duration::from_millis(12));
         assert_eq!(slice_after(250), Duration::from_millis(21));
         assert_eq!([slice_after(1_000), slice_after(u64::MAX)], [IMAGE_SLICE_MAX; 2]);
     }
