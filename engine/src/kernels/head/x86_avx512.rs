@@ -17,26 +17,10 @@ pub(super) fn sums<const R: usize, const T: usize>(rows: [&[u8]; R], x: [&[i8]; 
     let x = x.map(|x| &x.as_chunks::<256>().0[..n]);
     let acc = if T == 1 { products_of_one(rows, x) } else { products(rows, x) };
     let mut sums = [[0; T]; R];
-    if T == 1 {
-        // Across rows.
-        for (r, sums) in sums.as_flattened_mut().chunks_mut(4).enumerate() {
-            let mut four = [_mm512_setzero_si512(); 4];
-            for i in 0..sums.len() {
-                four[i] = acc[4 * r + i][0];
-            }
-            sums.copy_from_slice(&across(four, sums.len())[..sums.len()]);
-        }
-        return sums;
-    }
-    for r in 0..R {
-        for (t, sums) in sums[r].chunks_mut(4).enumerate() {
-            let mut four = [_mm512_setzero_si512(); 4];
-            // Not a copy of slices, which would keep the sums in memory.
-            for i in 0..sums.len() {
-                four[i] = acc[r][4 * t + i];
-            }
-            sums.copy_from_slice(&across(four, sums.len())[..sums.len()]);
-        }
+    for (sums, acc) in sums.as_flattened_mut().chunks_mut(4).zip(acc.as_flattened().chunks(4)) {
+        let mut four = [_mm512_setzero_si512(); 4];
+        four[..acc.len()].copy_from_slice(acc);
+        sums.copy_from_slice(&across(four, acc.len())[..acc.len()]);
     }
     sums
 }

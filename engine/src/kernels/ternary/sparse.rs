@@ -21,7 +21,7 @@ pub(super) struct NonZero {
 pub(super) const CHUNK: usize = 16;
 
 impl NonZero {
-    /// Makes room for those of a row of `acts`. Of its thread's rows, the longest decides once.
+    /// Forgets all, and makes room for those of a row of `acts`: it allocates for its first row only, unless a longer one comes.
     pub(super) fn clear(&mut self, acts: &QuantizedRows) {
         let n_places = acts.n_cols_max().next_multiple_of(BLOCK_COLS) + CHUNK;
         self.n = 0;
