@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::fast_image::FastImage;
-use crate::forward::{Forward, ForwardLimits, PassCost, Row};
+use crate::forward::{Forward, ForwardLimits, PassCost, Row, emptied};
 use crate::kernels::KernelSet;
 use crate::kernels::ternary::BLOCK_TOKENS;
 use crate::kv::{KvCache, KvShape, KvType, PagePool, pages_for};
@@ -510,13 +510,6 @@ fn fill_rows<'a>(mut rows: Vec<Row<'a>>, running: &'a [Sequence], all_taken: &[T
         }
     }
     rows
-}
-
-/// No rows, in the memory of those.
-fn emptied<'a>(mut rows: Vec<Row<'_>>) -> Vec<Row<'a>> {
-    rows.clear();
-    // An iterator over a vector is collected in its place.
-    rows.into_iter().map(|_| unreachable!("there are none")).collect()
 }
 
 /// How many prompt tokens fit in a step on this machine, learnt from the steps so far.

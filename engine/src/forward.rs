@@ -48,6 +48,7 @@ pub struct Forward {
 struct Fast {
     image: FastImage,
     head_scratch: Option<FastHeadScratch>, // If the image has the screen of the head.
+    wanted: Vec<Wanted<'static>>,          // Empty between passes.
 }
 
 /// Buffers of one pass, for up to `n_rows_max` rows.
@@ -114,7 +115,8 @@ impl Forward {
         let scratch = FastHeadScratch::new;
         let head_scratch =
             image.head().map(|_| scratch(self.n_logits_max, hparams.n_vocab, hparams.n_embd, n_threads));
-        self.fast = Some(Fast { image, head_scratch });
+        let wanted = Vec::with_capacity(self.n_logits_max);
+        self.fast = Some(Fast { image, head_scratch, wanted });
     }
 
     /// What is read instead of the file.
@@ -307,29 +309,44 @@ impl Forward {
             let (last, normed) = (&s.last[..n * n_embd], &mut s.normed[..n * n_embd]);
             self.kernels.rms_norm_rows(&self.pool, last, model.output_norm(), rms_eps, normed);
             let exact = model.output();
-            let fast = self.fast.as_mut().and_then(|fast| fast.image.head().zip(fast.head_scratch.as_mut()));
-            let Some((head, scratch)) = fast else {
+            let fast = self
+                .fast
+                .as_mut()
+                .and_then(|fast| Some((fast.image.head()?, fast.head_scratch.as_mut()?, &mut fast.wanted)));
+            let Some((head, scratch, memory)) = fast else {
                 self.kernels.dense_matmul(&self.pool, &exact, normed, logits);
                 return logits;
             };
-            let wanted = rows.iter().filter(|row| row.wants_logits).map(|row| row.wanted);
-            // Neighbours that want the same kind go together.
-            let wanted: Vec<Option<Wanted<'_>>> = wanted.collect();
+            let mut all = rows.iter().filter(|row| row.wants_logits).map(|row| row.wanted).peekable();
+            let mut same = emptied(std::mem::take(memory));
             let mut done = 0;
-            for same in wanted.chunk_by(|a, b| a.is_some() == b.is_some()) {
-                let normed = &normed[done * n_embd..][..same.len() * n_embd];
-                let logits = &mut logits[done * n_vocab..][..same.len() * n_vocab];
-                let some: Vec<Wanted<'_>> = same.iter().copied().flatten().collect();
-                if some.is_empty() {
+            // Neighbours that want the same kind go together.
+            while let Some(first) = all.next() {
+                let is_like_first = |other: &Option<Wanted<'_>>| other.is_some() == first.is_some();
+                let others = std::iter::from_fn(|| all.next_if(is_like_first));
+                let mut n_same = 0;
+                same.clear();
+                same.extend(std::iter::once(first).chain(others).inspect(|_| n_same += 1).flatten());
+                let normed = &normed[done * n_embd..][..n_same * n_embd];
+                let logits = &mut logits[done * n_vocab..][..n_same * n_vocab];
+                if same.is_empty() {
                     self.kernels.dense_matmul(&self.pool, &exact, normed, logits);
                 } else {
-                    self.kernels.fast_head(&self.pool, (&head, &exact), (normed, &some), scratch, logits);
+                    self.kernels.fast_head(&self.pool, (&head, &exact), (normed, &same), scratch, logits);
                 }
-                done += same.len();
+                done += n_same;
             }
+            *memory = emptied(same);
         }
         logits
     }
+}
+
+/// Nothing, in the memory of those: for items that only differ in how long they borrow.
+pub(crate) fn emptied<T, U>(mut items: Vec<T>) -> Vec<U> {
+    items.clear();
+    // An iterator over a vector is collected in its place.
+    items.into_iter().map(|_| unreachable!("there are none")).collect()
 }
 
 impl RunState {
@@ -350,11 +367,4 @@ impl RunState {
             scratch: AttentionScratch::new(n_threads, group, limits.n_ctx),
         }
     }
-}
-
-/// No rows, in the memory of those.
-fn emptied<'a>(mut rows: Vec<AttentionRow<'_>>) -> Vec<AttentionRow<'a>> {
-    rows.clear();
-    // An iterator over a vector is collected in its place.
-    rows.into_iter().map(|_| unreachable!("there are none")).collect()
 }

@@ -1,11 +1,12 @@
 //! A step allocates nothing unless a sequence comes or goes.
 
 use allocation_counter::{AllocationInfo, measure};
+use bitnetd_engine::kernels::KernelSet;
 use bitnetd_engine::sampler::SamplingParams;
 use bitnetd_engine::speculation::Speculation;
 use bitnetd_engine::{Engine, StepEvents};
 
-use crate::support::{Setting, engine, request, seeded, story_model};
+use crate::support::{Setting, engine, fast_image, request, seeded, story_model};
 
 /// What steps allocate until one ends a sequence. There is one thread, so that all of it is seen.
 fn allocations(engine: &mut Engine, events: &mut StepEvents, n_steps: usize) -> AllocationInfo {
@@ -17,10 +18,18 @@ fn allocations(engine: &mut Engine, events: &mut StepEvents, n_steps: usize) -> 
 
 #[test]
 fn a_step_allocates_nothing() {
+    let settings = KernelSet::all_present().flat_map(|kernels| {
+        let of = move |speculation| [(kernels, speculation, false), (kernels, speculation, true)];
+        [Speculation::Off, Speculation::Always].into_iter().flat_map(of)
+    });
     let model = story_model();
-    for speculation in [Speculation::Off, Speculation::Always] {
-        let setting = Setting { speculation, max_batch: 8, prefill_chunk: 16, ..Setting::default() };
+    for (kernels, speculation, has_image) in settings {
+        let setting = Setting { kernels, speculation, max_batch: 8, prefill_chunk: 16, ..Setting::default() };
         let mut engine = engine(&model, &setting);
+        if has_image {
+            let image = fast_image(&engine);
+            engine.adopt(image);
+        }
         let mut events = StepEvents::new();
         let mut n_prompt_tokens = 0;
         for id in 0..8 {
@@ -45,7 +54,8 @@ fn a_step_allocates_nothing() {
         }
         (0..2).for_each(|_| engine.step(&mut events));
         let generating = allocations(&mut engine, &mut events, 6);
-        assert_eq!(generating.count_total, 0, "{generating:?} with {speculation:?}");
+        let isa = kernels.isa();
+        assert_eq!(generating.count_total, 0, "{generating:?}: {isa}, {speculation:?}, image {has_image}");
     }
 }
 
