@@ -13,7 +13,7 @@ use crate::forward::{Forward, ForwardLimits, PassCost, Row, emptied};
 use crate::kernels::KernelSet;
 use crate::kernels::ternary::BLOCK_TOKENS;
 use crate::kv::{KvCache, KvShape, KvType, PagePool, pages_for};
-use crate::model::Model;
+use crate::model::{HyperParams, Model};
 use crate::pool::{PoolError, PoolOptions, ThreadPool, Wait};
 use crate::sampler::{SamplerScratch, SamplingError};
 use crate::sequence::{EngineEvent, Sequence, SequenceId, SequenceRequest, StepEvents};
@@ -189,15 +189,7 @@ impl Engine {
             head_dim: hparams.head_dim,
             n_pages,
         });
-        let n_decode_max = match options.speculation {
-            Speculation::Off => options.max_batch,
-            Speculation::Auto | Speculation::Always => decode_rows_max(options.max_batch),
-        };
-        let limits = ForwardLimits {
-            n_rows_max: n_decode_max.max(options.max_batch + options.prefill_chunk),
-            n_logits_max: n_decode_max,
-            n_ctx,
-        };
+        let limits = pass_limits(options.max_batch, options.prefill_chunk, options.speculation, n_ctx);
         Ok(Self {
             forward: Forward::new(model, options.kernels, pool, limits),
             tokenizer: Arc::new(tokenizer),
@@ -510,6 +502,27 @@ fn fill_rows<'a>(mut rows: Vec<Row<'a>>, running: &'a [Sequence], all_taken: &[T
         }
     }
     rows
+}
+
+/// What a pass needs room for.
+fn pass_limits(
+    max_batch: usize,
+    prefill_chunk: usize,
+    speculation: Speculation,
+    n_ctx: usize,
+) -> ForwardLimits {
+    let n_logits_max = match speculation {
+        Speculation::Off => max_batch,
+        Speculation::Auto | Speculation::Always => decode_rows_max(max_batch),
+    };
+    ForwardLimits { n_rows_max: n_logits_max.max(max_batch + prefill_chunk), n_logits_max, n_ctx }
+}
+
+/// Bytes of an engine's buffers that grow with its options: activations and logits.
+#[must_use]
+pub fn buffer_bytes(hparams: &HyperParams, max_batch: usize, prefill_chunk: usize) -> u64 {
+    // Speculation takes no less than its absence, and the window does not count here.
+    pass_limits(max_batch, prefill_chunk, Speculation::Auto, hparams.n_ctx).buffer_bytes(hparams)
 }
 
 /// How many prompt tokens fit in a step on this machine, learnt from the steps so far.

@@ -349,15 +349,38 @@ pub(crate) fn emptied<T, U>(mut items: Vec<T>) -> Vec<U> {
     items.into_iter().map(|_| unreachable!("there are none")).collect()
 }
 
+impl ForwardLimits {
+    /// Bytes of the buffers of one pass: those that grow with rows and logits.
+    #[must_use]
+    pub fn buffer_bytes(&self, hparams: &HyperParams) -> u64 {
+        let floats = hparams.n_embd + RunState::block_len(hparams);
+        let row_bytes = 4 * floats + RunState::widest(hparams) + ROW_BYTES;
+        let logit_bytes = 4 * (2 * hparams.n_embd + hparams.n_vocab);
+        (self.n_rows_max as u64 * row_bytes as u64) + (self.n_logits_max as u64 * logit_bytes as u64)
+    }
+}
+
+/// Position, place in the cache, what attention sees of it, sums of its rounded activations: some numbers for each row.
+const ROW_BYTES: usize = 512;
+
 impl RunState {
+    /// Floats of a row in the widest half of a layer.
+    fn block_len(hparams: &HyperParams) -> usize {
+        2 * hparams.n_ff.max(hparams.q_width() + hparams.kv_width())
+    }
+
+    /// Bytes of a row of rounded activations.
+    fn widest(hparams: &HyperParams) -> usize {
+        hparams.n_embd.max(hparams.n_ff).max(hparams.q_width())
+    }
+
     fn new(hparams: &HyperParams, limits: &ForwardLimits, n_threads: usize) -> Self {
         let (rows, n_logits) = (limits.n_rows_max, limits.n_logits_max);
-        let widest = hparams.n_embd.max(hparams.n_ff).max(hparams.q_width());
         let group = hparams.n_heads / hparams.n_kv_heads;
         Self {
             x: vec![0.0; rows * hparams.n_embd],
-            block: vec![0.0; rows * 2 * hparams.n_ff.max(hparams.q_width() + hparams.kv_width())],
-            acts: QuantizedRows::new(rows, widest),
+            block: vec![0.0; rows * Self::block_len(hparams)],
+            acts: QuantizedRows::new(rows, Self::widest(hparams)),
             last: vec![0.0; n_logits * hparams.n_embd],
             normed: vec![0.0; n_logits * hparams.n_embd],
             logits: vec![0.0; n_logits * hparams.n_vocab],

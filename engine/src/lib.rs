@@ -26,5 +26,5 @@ pub mod speculation; // Guesses of what comes next, checked several at a time.
 pub mod ternary; // How ternary weights are stored.
 pub mod tokenizer; // Text to token ids and back.
 
-pub use engine::{Engine, EngineError, EngineOptions, EngineStats, SubmitError};
+pub use engine::{Engine, EngineError, EngineOptions, EngineStats, SubmitError, buffer_bytes};
 pub use sequence::{EngineEvent, StepEvents};

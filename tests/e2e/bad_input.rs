@@ -265,7 +265,7 @@ fn what_does_not_fit_in_memory_is_refused_in_numbers() {
     // The log says it, too, with the time.
     let told = |line: &&str| line.starts_with("error: ") || line.starts_with("hint: ");
     insta::assert_snapshot!(refused.stderr.lines().filter(told).collect::<Vec<_>>().join("\n"), @r#"
-    error: 2 workers of 16 sequences with 256 tokens need 32 MiB for keys and values, 64 MiB for buffers and 4 MiB for the model, 100 MiB in all; there are 64 MiB
+    error: 2 workers of 16 sequences with 256 tokens need 32 MiB for keys and values, 45 MiB for buffers and 4 MiB for the model, 81 MiB in all; there are 64 MiB
     hint: lower `engine.max_batch` or the number of workers, or take a smaller model; `engine.memory_mib` says how much may be taken if this is not what there is
     "#);
     folder.write(

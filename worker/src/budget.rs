@@ -6,12 +6,14 @@
 
 use std::fmt;
 
+use bitnetd_engine::buffer_bytes;
 use bitnetd_engine::kv::{KvShape, KvType, pages_for};
 use bitnetd_engine::model::HyperParams;
 use bitnetd_proto::worker_link::WorkerSetup;
 
-/// Of a worker, beside keys, values and logits.
-const BUFFERS_BYTES: u64 = 32 << 20;
+/// Of a worker, beside keys, values, and what grows with its options: tokenizer, norms, tables and panels of the kernels, the
+/// screen of the head, sampling, its share of the program.
+const BUFFERS_BYTES: u64 = 20 << 20;
 /// A window that nobody asked for is not made shorter than this.
 const CTX_MIN: usize = 512;
 
@@ -112,8 +114,9 @@ impl Need<'_> {
     }
 
     fn buffers_bytes(&self) -> u64 {
-        let logits = u64::from(self.setup.max_batch) * self.hparams.n_vocab as u64 * 4;
-        (BUFFERS_BYTES + logits).saturating_mul(self.n_workers())
+        let [max_batch, chunk] = [self.setup.max_batch, self.setup.prefill_chunk].map(|n| n as usize);
+        let buffers = buffer_bytes(self.hparams, max_batch, chunk);
+        buffers.saturating_add(BUFFERS_BYTES).saturating_mul(self.n_workers())
     }
 
     fn n_workers(&self) -> u64 {
@@ -244,7 +247,7 @@ mod tests {
         let refusal = context(&hparams, (&setup(3, 8, 4096, 6 << 30), KvType::F16), MODEL).unwrap_err();
         assert_eq!(
             refusal.to_string(),
-            "3 workers of 8 sequences with 4096 tokens need 7.0 GiB for keys and values, 108 MiB for buffers and 1.1 GiB \
+            "3 workers of 8 sequences with 4096 tokens need 7.0 GiB for keys and values, 80 MiB for buffers and 1.1 GiB \
              for the model, 8.2 GiB in all; there are 6.0 GiB"
         );
         let hint = refusal.hint();
@@ -265,7 +268,7 @@ mod tests {
         let refusal = context(&hparams(), (&setup(3, 8, 4096, 6 << 30), KvType::F16), weights).unwrap_err();
         assert_eq!(refusal.needed_bytes, without.needed_bytes + 600_000_000);
         let text = refusal.to_string();
-        let end = "108 MiB for buffers, 1.1 GiB for the model and 572 MiB for its fast image, 8.8 GiB in all; there are 6.0 GiB";
+        let end = "80 MiB for buffers, 1.1 GiB for the model and 572 MiB for its fast image, 8.8 GiB in all; there are 6.0 GiB";
         assert!(text.ends_with(end), "{text}");
     }
 
@@ -288,10 +291,24 @@ mod tests {
         let refusal = q8(4096, 4 << 30).unwrap_err();
         assert_eq!(
             refusal.to_string(),
-            "3 workers of 8 sequences with 4096 tokens need 3.7 GiB for keys and values, 108 MiB for buffers and 1.1 GiB \
+            "3 workers of 8 sequences with 4096 tokens need 3.7 GiB for keys and values, 80 MiB for buffers and 1.1 GiB \
              for the model, 4.9 GiB in all; there are 4.0 GiB"
         );
         assert!(!refusal.hint().contains("kv_type"), "{}", refusal.hint());
+    }
+
+    #[test]
+    fn long_prompt_steps_are_counted() {
+        let hparams = hparams();
+        let refusal = |prefill_chunk| {
+            let setup = WorkerSetup { prefill_chunk, ..setup(2, 8, 4096, 1) };
+            context(&hparams, (&setup, KvType::F16), MODEL).unwrap_err()
+        };
+        let (short, long) = (refusal(256), refusal(8192));
+        let row = 4 * (hparams.n_embd + 2 * hparams.n_ff) as u64;
+        let more = long.buffers_bytes - short.buffers_bytes;
+        assert!(more > 2 * (8192 - 256) * row && more < 4 * (8192 - 256) * row, "{more} for rows of {row}");
+        assert_eq!(long.needed_bytes - short.needed_bytes, more);
     }
 
     #[test]
