@@ -7,7 +7,8 @@ use bitnetd_config::cpu_list;
 use bitnetd_proto::error::ErrorCode;
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::status::{
-    CpuReport, Health, JobReport, JournalReport, SlotReport, StatusReport, ThreadReport,
+    CpuReport, Health, JobReport, JournalReport, KeptImageReport, KeptImageState, SlotReport, StatusReport,
+    ThreadReport,
 };
 use bitnetd_proto::worker_link::ImageState;
 use clap::Args;
@@ -139,6 +140,9 @@ fn table(report: &StatusReport) -> String {
     }
     if let Some(image) = image_words(&report.slots) {
         line("image", image);
+        if let Some(kept) = report.kept_image.as_ref().and_then(kept_words) {
+            line("", kept);
+        }
     }
     line(
         "jobs",
@@ -188,7 +192,7 @@ fn table(report: &StatusReport) -> String {
 fn image_words(slots: &[SlotReport]) -> Option<String> {
     let bytes = slots.iter().map(|slot| slot.load.image_bytes).max()?;
     let who = |state| slots.iter().filter(move |slot| slot.pid.is_some() && slot.load.image == state);
-    let n_users = who(ImageState::Made).chain(who(ImageState::Mapped)).count();
+    let n_users = slots.iter().filter(|slot| slot.pid.is_some() && slot.load.image.is_used()).count();
     let size = format!("{:.1} MB", mega(bytes));
     if let Some(maker) = who(ImageState::Making).next() {
         return Some(format!("{size}, being made by worker {}", maker.slot));
@@ -196,9 +200,25 @@ fn image_words(slots: &[SlotReport]) -> Option<String> {
     if n_users == 0 {
         return who(ImageState::Waiting).next().map(|_| format!("{size}, not made yet"));
     }
-    let maker = who(ImageState::Made).next();
-    let maker = maker.map_or_else(|| "an earlier worker".into(), |maker| format!("worker {}", maker.slot));
-    Some(format!("{size}, made by {maker}, in use by {n_users} of {}", slots.len()))
+    let origin = match (who(ImageState::Made).next(), who(ImageState::Read).next()) {
+        (Some(maker), _) => format!("made by worker {}", maker.slot),
+        (None, Some(reader)) => format!("read from disk by worker {}", reader.slot),
+        (None, None) => "made by an earlier worker".into(),
+    };
+    Some(format!("{size}, {origin}, in use by {n_users} of {}", slots.len()))
+}
+
+/// Where it is on disk, or why not.
+fn kept_words(kept: &KeptImageReport) -> Option<String> {
+    let path = &kept.path;
+    match kept.state {
+        KeptImageState::Absent => None,
+        KeptImageState::Found | KeptImageState::Kept => Some(format!("kept in {path}")),
+        KeptImageState::Writing => Some(format!("being written to {path}")),
+        KeptImageState::Failed => {
+            Some(format!("NOT KEPT in {path}: {}", kept.problem.as_deref().unwrap_or("no reason is known")))
+        }
+    }
 }
 
 fn slot_table(slots: &[SlotReport]) -> String {
@@ -409,6 +429,7 @@ mod tests {
                 ..Totals::default()
             },
             journal: None,
+            kept_image: None,
             slots: slots(),
             jobs: (18..23).map(job).collect(),
             n_jobs_beyond: 0,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use bitnetd_config::{Config, ISAS, SPECULATIONS, SplitConfig};
+use bitnetd_config::{Config, Environment, ISAS, Place, SPECULATIONS, SplitConfig};
 use bitnetd_placement::{Limits, Machine, Plan, PlanError};
 use bitnetd_proto::request::GenerateRequest;
 use bitnetd_proto::status::StatusReport;
@@ -95,11 +95,21 @@ pub(crate) fn service_spec(config: Config) -> Result<ServiceSpec, CliError> {
     Ok(ServiceSpec {
         plan,
         model,
+        image_cache: image_cache(&config),
         worker_program: WORKER_PROGRAM.into(),
         memory_bytes: memory_bytes(&config),
         worker_args: vec!["worker".into(), "--log-filter".into(), config.log.level.clone().into()],
         config,
     })
+}
+
+/// Where fast images are kept.
+fn image_cache(config: &Config) -> Option<PathBuf> {
+    match &config.model.image_cache {
+        Place::Usual => Environment::read().cache_dir(),
+        Place::Off => None,
+        Place::At(dir) => Some(dir.clone()),
+    }
 }
 
 /// What workers may take: as configured, else what there was when it was first asked for, so that a service that starts

@@ -168,7 +168,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Config(args) => config_cmd::main(&args),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::man(&args, Cli::command()),
-        Command::Model(args) => model::main(&args),
+        Command::Model(args) => model::main(&args, &cli.log),
     }
 }
 

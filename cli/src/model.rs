@@ -2,6 +2,7 @@
 
 mod convert;
 mod info;
+mod prepare;
 mod synth;
 
 use std::path::Path;
@@ -15,6 +16,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::CliError;
+use crate::logging::LogArgs;
 
 /// `bitnetd model`.
 #[derive(Debug, Args)]
@@ -29,6 +31,8 @@ enum ModelCommand {
     Info(info::InfoArgs),
     /// Read every tensor of a GGUF file and say what is wrong with it
     Verify(info::VerifyArgs),
+    /// Make the fast image of a model, and keep it for every later start
+    Prepare(prepare::PrepareArgs),
     /// Make a GGUF file from a Hugging Face checkpoint, or store a GGUF file's tensors in another way
     Convert(convert::ConvertArgs),
     /// Make a model of random ternary weights in a real shape, to measure with
@@ -36,10 +40,11 @@ enum ModelCommand {
 }
 
 /// Runs one of the subcommands.
-pub(crate) fn main(args: &ModelArgs) -> Result<ExitCode, CliError> {
+pub(crate) fn main(args: &ModelArgs, log: &LogArgs) -> Result<ExitCode, CliError> {
     match &args.command {
         ModelCommand::Info(args) => info::info(args),
         ModelCommand::Verify(args) => info::check(args),
+        ModelCommand::Prepare(args) => prepare::main(args, log),
         ModelCommand::Convert(args) => convert::main(args),
         ModelCommand::Synth(args) => synth::main(args),
     }

@@ -4,7 +4,7 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use bitnetd_config::{Config, Confinement, Environment, JournalChoice, ServiceManager};
+use bitnetd_config::{Config, Confinement, Environment, Place, ServiceManager};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_supervisor::{Activation, Journal, Listener, Notifier, ScrapeListener, Service};
 use clap::Args;
@@ -108,9 +108,9 @@ pub(crate) fn load(
 fn journal(config: &Config, environment: &Environment) -> Result<Result<Journal, String>, CliError> {
     let limits = &config.queue.durable;
     let path = match &config.queue.journal {
-        JournalChoice::Off => return Ok(Err("`queue.journal` is \"off\"".into())),
-        JournalChoice::At(path) => return Ok(Ok(Journal::open(path, limits)?)),
-        JournalChoice::Usual => environment.journal(),
+        Place::Off => return Ok(Err("`queue.journal` is \"off\"".into())),
+        Place::At(path) => return Ok(Ok(Journal::open(path, limits)?)),
+        Place::Usual => environment.journal(),
     };
     let Some(path) = path else {
         return Ok(Err("there is no directory for it: STATE_DIRECTORY and HOME are not set".into()));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::schema::{self, KEYS, Key};
-use crate::sections::{Config, JournalChoice, MetricsAddress, SplitConfig};
+use crate::sections::{Config, MetricsAddress, Place, SplitConfig};
 use crate::{Choice, cpu_list, values};
 
 impl Config {
@@ -115,11 +115,7 @@ impl Config {
             "max_jobs" => self.queue.max_jobs.to_string(),
             "max_per_client" => self.queue.max_per_client.to_string(),
             "max_deaths" => self.queue.max_deaths.to_string(),
-            "journal" => match &self.queue.journal {
-                JournalChoice::Usual => return None,
-                JournalChoice::Off => quoted("off"),
-                JournalChoice::At(path) => quoted_path(path),
-            },
+            "journal" => place(&self.queue.journal)?,
             "durable_max_jobs" => durable.max_jobs.to_string(),
             "durable_max_per_client" => durable.max_per_client.to_string(),
             "durable_max_mib" => durable.max_mib.to_string(),
@@ -135,6 +131,7 @@ impl Config {
             "path" => self.model.path.as_deref().map(quoted_path),
             "alias" => self.model.alias.as_deref().map(quoted),
             "head" => Some(quoted(self.model.head.name())),
+            "image_cache" => place(&self.model.image_cache),
             _ => None,
         }
     }
@@ -199,6 +196,14 @@ impl Config {
 
 fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
+}
+
+fn place(place: &Place) -> Option<String> {
+    match place {
+        Place::Usual => None,
+        Place::Off => Some(quoted("off")),
+        Place::At(path) => Some(quoted_path(path)),
+    }
 }
 
 /// A path as the file can hold it; validated paths come from a file and are UTF-8.

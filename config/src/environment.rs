@@ -11,6 +11,8 @@ const SYSTEM_DIR: &str = "/run/bitnetd";
 const SOCKET_NAME: &str = "bitnetd.sock";
 /// Directory of what the system's daemon keeps.
 const SYSTEM_STATE_DIR: &str = "/var/lib/bitnetd";
+/// Directory of what the system's daemon can make again.
+const SYSTEM_CACHE_DIR: &str = "/var/cache/bitnetd";
 /// Name of the journal in its directory.
 const JOURNAL_NAME: &str = "jobs.redb";
 
@@ -23,8 +25,12 @@ pub struct Environment {
     pub system_dir_writable: bool,
     /// Whether `/var/lib/bitnetd` exists and this process may make files in it.
     pub system_state_dir_writable: bool,
+    /// Whether `/var/cache/bitnetd` exists and this process may make files in it.
+    pub system_cache_dir_writable: bool,
     /// `$STATE_DIRECTORY`, the first path of it: where systemd lets a service keep things.
     pub state_directory: Option<PathBuf>,
+    /// `$CACHE_DIRECTORY`, the same for what can be made again.
+    pub cache_directory: Option<PathBuf>,
     /// `$XDG_RUNTIME_DIR`, if it is an absolute path to a directory that belongs to us.
     pub xdg_runtime_dir: Option<PathBuf>,
     /// `$XDG_CONFIG_HOME`, else `$HOME/.config`.
@@ -61,7 +67,10 @@ impl Environment {
             system_dir_writable: access(SYSTEM_DIR, AccessFlags::W_OK | AccessFlags::X_OK).is_ok(),
             system_state_dir_writable: access(SYSTEM_STATE_DIR, AccessFlags::W_OK | AccessFlags::X_OK)
                 .is_ok(),
+            system_cache_dir_writable: access(SYSTEM_CACHE_DIR, AccessFlags::W_OK | AccessFlags::X_OK)
+                .is_ok(),
             state_directory: first_path("STATE_DIRECTORY"),
+            cache_directory: first_path("CACHE_DIRECTORY"),
             xdg_runtime_dir: absolute("XDG_RUNTIME_DIR").filter(|dir| belongs_to_us(dir)),
             config_home: under_home("XDG_CONFIG_HOME", ".config"),
             state_home: under_home("XDG_STATE_HOME", ".local/state"),
@@ -98,6 +107,15 @@ impl Environment {
             (self.is_root || self.system_state_dir_writable).then(|| PathBuf::from(SYSTEM_STATE_DIR));
         let user = || self.state_home.as_ref().map(|dir| dir.join("bitnetd"));
         self.state_directory.clone().or(system).or_else(user)
+    }
+
+    /// Where things are kept that can be made again; `None` if there is no place. The directory may have to be made.
+    #[must_use]
+    pub fn cache_dir(&self) -> Option<PathBuf> {
+        let system =
+            (self.is_root || self.system_cache_dir_writable).then(|| PathBuf::from(SYSTEM_CACHE_DIR));
+        let user = || self.cache_home.as_ref().map(|dir| dir.join("bitnetd"));
+        self.cache_directory.clone().or(system).or_else(user)
     }
 
     /// Where a client looks for the daemon, in this order: the first that exists counts. `given` is what the
@@ -191,6 +209,20 @@ mod tests {
         }
         assert_eq!(user().journal(), Some("/home/u/.local/state/bitnetd/jobs.redb".into()));
         assert_eq!(Environment::default().journal(), None);
+    }
+
+    #[test]
+    fn what_can_be_made_again_is_in_the_cache_directory() {
+        let user = Environment { cache_home: Some("/home/u/.cache".into()), ..user() };
+        assert_eq!(user.cache_dir(), Some("/home/u/.cache/bitnetd".into()));
+        let root = Environment { is_root: true, ..user.clone() };
+        let service = Environment { system_cache_dir_writable: true, ..user.clone() };
+        for system in [root, service] {
+            assert_eq!(system.cache_dir(), Some("/var/cache/bitnetd".into()));
+        }
+        let named = Environment { cache_directory: Some("/c".into()), is_root: true, ..user };
+        assert_eq!(named.cache_dir(), Some("/c".into()));
+        assert_eq!(Environment::default().cache_dir(), None);
     }
 
     #[test]

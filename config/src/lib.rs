@@ -24,8 +24,7 @@ pub use crate::problem::{ConfigErrors, LoadError, Problem};
 pub use crate::schema::{ISAS, KEYS, Key, SPECULATIONS};
 pub use crate::sections::{
     AffinityConfig, Config, Confinement, CopyPolicy, CoreChoice, DurableConfig, EngineConfig, HeadChoice,
-    JournalChoice, ListenConfig, LogConfig, LogFormat, MetricsAddress, ModelConfig, NumaPolicy, Profile,
-    QueueConfig, RestartConfig, SchedulerChoice, SecurityConfig, ServiceConfig, SmtPolicy, SplitConfig,
-    WatchdogConfig,
+    ListenConfig, LogConfig, LogFormat, MetricsAddress, ModelConfig, NumaPolicy, Place, Profile, QueueConfig,
+    RestartConfig, SchedulerChoice, SecurityConfig, ServiceConfig, SmtPolicy, SplitConfig, WatchdogConfig,
 };
 pub use crate::service_manager::{InheritedFd, SERVICE_MANAGER_VARIABLES, ServiceManager};

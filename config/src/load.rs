@@ -10,8 +10,8 @@ use toml::de::{DeTable, DeValue};
 use crate::problem::{ConfigErrors, LoadError};
 use crate::reader::{Problems, Refusal, Table};
 use crate::sections::{
-    AffinityConfig, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
-    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, SecurityConfig, ServiceConfig, SplitConfig,
+    AffinityConfig, Config, DurableConfig, EngineConfig, ListenConfig, LogConfig, MetricsAddress,
+    ModelConfig, Place, QueueConfig, RestartConfig, SecurityConfig, ServiceConfig, SplitConfig,
     WatchdogConfig,
 };
 use crate::{Choice, cpu_list, schema, values};
@@ -95,6 +95,7 @@ fn model(table: &mut Table<'_, '_, '_>, base: &Path) -> ModelConfig {
             _ => Err(Refusal::expected(format!("a name of 1 to {ALIAS_BYTES_MAX} bytes"), value)),
         }),
         head: table.get("head", choice).unwrap_or_default(),
+        image_cache: table.get("image_cache", |value| place(value, base)).unwrap_or_default(),
     }
 }
 
@@ -215,7 +216,7 @@ fn queue(table: &mut Table<'_, '_, '_>, base: &Path) -> QueueConfig {
             .get("max_per_client", |value| integer(value, 1..=1_000_000))
             .unwrap_or(default.max_per_client),
         max_deaths: table.get("max_deaths", |value| integer(value, 1..=100)).unwrap_or(default.max_deaths),
-        journal: table.get("journal", |value| journal(value, base)).unwrap_or(default.journal),
+        journal: table.get("journal", |value| place(value, base)).unwrap_or(default.journal),
         durable: DurableConfig {
             max_jobs: number(table, "durable_max_jobs", 1_000_000, durable.max_jobs),
             max_per_client: number(table, "durable_max_per_client", 1_000_000, durable.max_per_client),
@@ -227,10 +228,10 @@ fn queue(table: &mut Table<'_, '_, '_>, base: &Path) -> QueueConfig {
     }
 }
 
-fn journal(value: &DeValue<'_>, base: &Path) -> Result<JournalChoice, Refusal> {
+fn place(value: &DeValue<'_>, base: &Path) -> Result<Place, Refusal> {
     match value.as_str() {
-        Some("off") => Ok(JournalChoice::Off),
-        _ => path(value, base).map(JournalChoice::At),
+        Some("off") => Ok(Place::Off),
+        _ => path(value, base).map(Place::At),
     }
 }
 

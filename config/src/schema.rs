@@ -64,6 +64,12 @@ pub const KEYS: &[Key] = &[
         "head",
         "What decoding reads: \"file\" (the weights as they are), \"fast\" (an image of the ternary weights and of the output\nhead in fewer bytes, made once and shared by all workers; every token stays the same), \"auto\" (fast for models\nof 64 MiB and more).",
     ),
+    absent(
+        "model",
+        "image_cache",
+        "\"/var/cache/bitnetd\"",
+        "Directory in which fast images are kept once they are made, so that the next start reads them instead (some 700 MB\nfor a 2B model; four at most); \"off\": none is kept. Without it $CACHE_DIRECTORY, else /var/cache/bitnetd where that may\nbe written, else ~/.cache/bitnetd.",
+    ),
     key(
         "split",
         "profile",

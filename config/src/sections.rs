@@ -40,6 +40,8 @@ pub struct ModelConfig {
     pub alias: Option<String>,
     /// Type of the output head.
     pub head: HeadChoice,
+    /// Directory of the fast images that are kept for later processes.
+    pub image_cache: Place,
 }
 
 /// `model.head`
@@ -225,20 +227,20 @@ pub struct QueueConfig {
     /// Deaths with the same job on board after which the job is given up.
     pub max_deaths: u32,
     /// Where durable jobs are kept.
-    pub journal: JournalChoice,
+    pub journal: Place,
     /// Limits of what is kept there.
     pub durable: DurableConfig,
 }
 
-/// `queue.journal`
+/// Where something is kept: `queue.journal`, `model.image_cache`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum JournalChoice {
-    /// In the state directory, see [`crate::Environment::journal`].
+pub enum Place {
+    /// In the usual directory, see [`crate::Environment::journal`] and [`crate::Environment::cache_dir`].
     #[default]
     Usual,
-    /// There are no durable jobs.
+    /// It is not kept.
     Off,
-    /// In this file.
+    /// In this file or directory.
     At(PathBuf),
 }
 
@@ -278,7 +280,7 @@ impl Default for QueueConfig {
             max_jobs: 512,
             max_per_client: 64,
             max_deaths: 3,
-            journal: JournalChoice::default(),
+            journal: Place::default(),
             durable: DurableConfig::default(),
         }
     }

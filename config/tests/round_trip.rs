@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use bitnetd_config::{
-    AffinityConfig, Choice, Config, DurableConfig, EngineConfig, JournalChoice, ListenConfig, LogConfig,
-    MetricsAddress, ModelConfig, QueueConfig, RestartConfig, SecurityConfig, ServiceConfig, SplitConfig,
+    AffinityConfig, Choice, Config, DurableConfig, EngineConfig, ListenConfig, LogConfig, MetricsAddress,
+    ModelConfig, Place, QueueConfig, RestartConfig, SecurityConfig, ServiceConfig, SplitConfig,
     WatchdogConfig,
 };
 use proptest::prelude::*;
@@ -37,6 +37,14 @@ fn durations() -> impl Strategy<Value = (Duration, Duration)> {
         .prop_map(|(short, more)| (Duration::from_millis(short), Duration::from_millis(short + more)))
 }
 
+fn place() -> impl Strategy<Value = Place> {
+    prop_oneof![
+        Just(Place::Usual),
+        Just(Place::Off),
+        "/[a-z /'\"]{1,20}x".prop_map(|path| Place::At(path.into())),
+    ]
+}
+
 prop_compose! {
     fn config()(
         path in prop::option::of("/[a-zA-Z0-9 _.'\"\\\\é-]{1,40}"),
@@ -44,11 +52,7 @@ prop_compose! {
         (head, split) in (choice(), split()),
         affinity in (cpus(9), choice(), choice(), choice(), choice()),
         (ctx, max_batch, prefill_chunk) in (prop::option::of(16..100_000_u32), 1..=256_u32, 1..=8192_u32),
-        journal in prop_oneof![
-            Just(JournalChoice::Usual),
-            Just(JournalChoice::Off),
-            "/[a-z /'\"]{1,20}x".prop_map(|path| JournalChoice::At(path.into())),
-        ],
+        (journal, image_cache) in (place(), place()),
         isa in prop::sample::select(vec!["auto", "scalar", "avx512-vnni"]),
         (backoff, watchdog, rest) in (durations(), durations(), durations()),
         (mode, ids) in (0..0o200_u32, prop::collection::vec(0..70_000_u32, 0..5)),
@@ -57,7 +61,7 @@ prop_compose! {
     ) -> Config {
         let (reserve, smt, cores, numa, copies) = affinity;
         Config {
-            model: ModelConfig { path: path.map(Into::into), alias, head },
+            model: ModelConfig { path: path.map(Into::into), alias, head, image_cache },
             split,
             affinity: AffinityConfig { reserve, smt, cores, numa, copies },
             engine: EngineConfig {

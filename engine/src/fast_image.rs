@@ -3,7 +3,7 @@
 //! Two parts, each optional: every `I2_S` matrix as indices of tables ([`LookupMatrix`]), those with many zeros among their
 //! inputs by columns as well ([`ColumnMatrix`]); and the screen of the output head ([`FastHead`]). Products with them are those of
 //! the file to the bit, and so are chosen tokens; an image can be taken up at any moment, also in the middle of an answer. Prompts
-//! are still computed from the file.
+//! read two thirds of their rows from the file.
 //!
 //! Layout: a 64-byte header (magic, parts, fingerprint of the model, length, zeros), then the matrices layer by layer,
 //! then the screen; each part starts at a multiple of 64 bytes. Where they lie follows from the model alone. The
@@ -310,14 +310,12 @@ impl FastImageBuilder {
     }
 
     /// Asks for huge pages up to byte `end`, before anything is written there.
-    fn collapse_to(&mut self, end: usize) {
+    fn collapse_to(&mut self, pool: &ThreadPool, end: usize) {
         while self.n_collapsed < end {
             let range = self.n_collapsed..self.layout.n_bytes.min(self.n_collapsed + COLLAPSE_BYTES);
             self.n_collapsed = range.end;
             let n_bytes = range.len();
-            if !self.wants_huge_pages || !self.memory.collapse(range) {
-                self.n_refused += n_bytes;
-            }
+            self.n_refused += if self.wants_huge_pages { self.memory.collapse(pool, range) } else { n_bytes };
         }
     }
 
@@ -335,7 +333,7 @@ impl FastImageBuilder {
         let items = self.row..n_items.min(self.row + step_items);
         let start = self.layout.layers[layer][place].start;
         let bytes = start + items.start * item_bytes..start + items.end * item_bytes;
-        self.collapse_to(bytes.end);
+        self.collapse_to(pool, bytes.end);
         let is_valid = std::sync::atomic::AtomicBool::new(true);
         pool.for_each_row_mut(&mut self.memory[bytes], item_bytes, chunk, &|_, item, packed| {
             let item = items.start + item;
@@ -360,7 +358,7 @@ impl FastImageBuilder {
         let Some((start, layout)) = &self.layout.head else { return Ok(()) };
         let (start, n_bytes) = (*start, layout.n_bytes);
         let rows = self.row..matrix.n_rows().min(self.row + STEP_ROWS);
-        self.collapse_to(start + n_bytes);
+        self.collapse_to(pool, start + n_bytes);
         let image = &mut self.memory[start..start + n_bytes];
         kernels.build_head_rows(pool, &matrix, rows.clone(), image)?;
         self.end_step(rows.end, matrix.n_rows());
@@ -380,6 +378,18 @@ impl FastImageBuilder {
 pub struct FastImage {
     memory: Mapping,
     layout: Layout,
+}
+
+fn checked_layout(beginning: &[u8], n_bytes: usize, model: &Model) -> Result<Layout, FastImageError> {
+    let parts = beginning.get(8).map_or(0, |parts| *parts);
+    let layout = Layout::new(model, FastParts { ternary: parts & 1 != 0, head: parts & 2 != 0 })?;
+    if n_bytes != layout.n_bytes {
+        return Err(FastImageError::Length { expected: layout.n_bytes, found: n_bytes });
+    }
+    if !beginning.starts_with(&layout.header()) {
+        return Err(FastImageError::Foreign);
+    }
+    Ok(layout)
 }
 
 /// The matrices of a layer.
@@ -403,19 +413,20 @@ impl FastImage {
     /// # Errors
     /// If it is another one, or none.
     pub fn new(memory: Mapping, model: &Model) -> Result<Self, FastImageError> {
-        let parts = memory.get(8).map_or(0, |parts| *parts);
-        let layout = Layout::new(model, FastParts { ternary: parts & 1 != 0, head: parts & 2 != 0 })?;
-        if memory.len() != layout.n_bytes {
-            return Err(FastImageError::Length { expected: layout.n_bytes, found: memory.len() });
-        }
-        if memory[..HEADER_BYTES] != layout.header() {
-            return Err(FastImageError::Foreign);
-        }
+        let layout = checked_layout(&memory, memory.len(), model)?;
         let image = Self { memory, layout };
         if let Some(head) = image.head() {
             head.check()?;
         }
         Ok(image)
+    }
+
+    /// Looks whether `beginning` is that of an image of `model` which has `n_bytes` in all.
+    ///
+    /// # Errors
+    /// If it is another one, or none.
+    pub fn check(beginning: &[u8], n_bytes: usize, model: &Model) -> Result<(), FastImageError> {
+        checked_layout(beginning, n_bytes, model).map(drop)
     }
 
     /// Its parts.

@@ -15,10 +15,13 @@ use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memmap2::{Mmap, MmapMut};
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use crate::pool::ThreadPool;
 
 /// The start of every mapping is a multiple of this: one cache line, one AVX-512 register.
 pub const MAPPING_ALIGNMENT_BYTES: usize = 64;
@@ -173,27 +176,39 @@ impl MappingMut {
         Ok(Self { mapped: map.map_err(error)? })
     }
 
-    /// Asks for huge pages under the whole ones of `range`, whose content stays. False if the system has none to give.
+    /// Asks for huge pages under the whole ones of `range`, whose content stays; gives the bytes of those that the system would
+    /// not give. All threads ask, each for some: most of the time goes into clearing them, and with a virtual machine into
+    /// having them at all.
     ///
     /// # Panics
     /// If `range` is not inside.
-    #[must_use]
-    pub fn collapse(&mut self, range: Range<usize>) -> bool {
+    pub fn collapse(&mut self, pool: &ThreadPool, range: Range<usize>) -> usize {
         let range =
             range.start.next_multiple_of(HUGE_PAGE_BYTES)..range.end / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
         if range.is_empty() {
-            return true;
+            return 0;
         }
-        // A page that was never touched cannot be collapsed.
-        self[range.clone()].chunks_mut(HUGE_PAGE_BYTES).for_each(|page| {
-            let first = std::hint::black_box(page[0]);
-            page[0] = std::hint::black_box(first);
+        let n_refused = AtomicUsize::new(0);
+        let n_pages = range.len() / HUGE_PAGE_BYTES;
+        let share = n_pages.div_ceil(pool.n_threads()) * HUGE_PAGE_BYTES;
+        let (whole, rest) = self[range.clone()].split_at_mut(range.len() / share * share);
+        pool.for_each_row_mut(whole, share, 1, &|_, _, bytes| {
+            n_refused.fetch_add(collapse(bytes), Ordering::Relaxed);
         });
-        let bytes = &mut self[range];
-        // SAFETY: the range is mapped and borrowed by this call alone; the advice moves pages and changes no byte.
-        let result = unsafe { libc::madvise(bytes.as_mut_ptr().cast(), bytes.len(), libc::MADV_COLLAPSE) };
-        result == 0
+        n_refused.into_inner() + collapse(rest)
     }
+}
+
+/// Asks for huge pages under `bytes`, whose content stays: whole pages. Gives the bytes of those that it did not get.
+fn collapse(bytes: &mut [u8]) -> usize {
+    // A page that was never touched cannot be collapsed.
+    bytes.chunks_mut(HUGE_PAGE_BYTES).for_each(|page| {
+        let first = std::hint::black_box(page[0]);
+        page[0] = std::hint::black_box(first);
+    });
+    // SAFETY: the bytes are mapped and borrowed by this call alone; the advice moves pages and changes no byte.
+    let result = unsafe { libc::madvise(bytes.as_mut_ptr().cast(), bytes.len(), libc::MADV_COLLAPSE) };
+    if result == 0 { 0 } else { bytes.len() }
 }
 
 impl Deref for MappingMut {
@@ -324,6 +339,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::pool::PoolOptions;
 
     #[test]
     fn file_descriptor_and_bytes_give_the_same_aligned_bytes() {
@@ -370,8 +386,10 @@ mod tests {
         written[n_bytes - 1] = 7;
         written[HUGE_PAGE_BYTES] = 9;
         // Whether there are huge pages is up to the system; the content is not.
-        let _got_them = written.collapse(0..n_bytes);
-        assert!(written.collapse(1..HUGE_PAGE_BYTES), "nothing whole, nothing to do");
+        let pool = ThreadPool::new(PoolOptions::unpinned(3)).unwrap();
+        let n_refused = written.collapse(&pool, 0..n_bytes);
+        assert!(n_refused <= n_bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES);
+        assert_eq!(written.collapse(&pool, 1..HUGE_PAGE_BYTES), 0, "nothing whole, nothing to do");
         let read = Mapping::from_fd(memory.into()).unwrap();
         assert_eq!(read.as_ptr().align_offset(HUGE_PAGE_BYTES), 0);
         assert_eq!((read.len(), read[n_bytes - 1], read[HUGE_PAGE_BYTES], read[0]), (n_bytes, 7, 9, 0));

@@ -15,6 +15,7 @@ pub mod exit_code;
 mod float; // Exact floats in JSON.
 pub mod frame; // Bytes <-> messages.
 pub mod handshake;
+pub mod kept; // Sealed memory in a file, for a later process.
 pub mod limits;
 pub mod request; // What a client asks for.
 pub mod sealed; // Memory handed over by descriptor.

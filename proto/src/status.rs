@@ -27,6 +27,9 @@ pub struct StatusReport {
     /// The journal of durable jobs, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub journal: Option<JournalReport>,
+    /// The fast image on disk, if it may be kept there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_image: Option<KeptImageReport>,
     /// One entry for each slot.
     pub slots: Vec<SlotReport>,
     /// Jobs: those on workers first, then those that wait, [`JOBS_REPORTED_MAX`] at most.
@@ -101,6 +104,34 @@ pub struct JournalReport {
     pub bytes: u64,
     /// Most of that.
     pub bytes_max: u64,
+}
+
+/// The fast image of the model on disk, where the next process finds it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptImageReport {
+    /// Its file.
+    pub path: String,
+    /// What there is.
+    pub state: KeptImageState,
+    /// Why it cannot be kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// Whether the fast image is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeptImageState {
+    /// No: it is written when it has been made.
+    Absent,
+    /// A process before left one, for workers to check and read.
+    Found,
+    /// It is being written.
+    Writing,
+    /// This process has written it.
+    Kept,
+    /// It cannot be written.
+    Failed,
 }
 
 /// One worker slot.

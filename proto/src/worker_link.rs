@@ -26,6 +26,9 @@ pub const WORKER_LAST_WORDS_FD: i32 = 6;
 /// File descriptor of the memory for a copy of the model, shared by the workers of one memory node: empty, or filled and
 /// sealed. Not there unless [`WorkerSetup::has_copy`].
 pub const WORKER_COPY_FD: i32 = 7;
+/// The descriptor of a file in which an earlier process kept the fast image ([`crate::kept`]), read-only; only open if there is
+/// one.
+pub const WORKER_KEPT_FD: i32 = 8;
 
 /// From the supervisor to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -271,6 +274,16 @@ pub enum ImageState {
     Made,
     /// In use; another worker has made it, or one before.
     Mapped,
+    /// In use; this worker has read it from disk, where an earlier process kept it.
+    Read,
+}
+
+impl ImageState {
+    /// True if decoding reads it.
+    #[must_use]
+    pub fn is_used(self) -> bool {
+        matches!(self, Self::Made | Self::Mapped | Self::Read)
+    }
 }
 
 /// Memory of one worker, in bytes, as `/proc/PID/smaps_rollup` has it. Pages shared by n processes count 1/n in each PSS, so

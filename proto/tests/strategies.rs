@@ -259,7 +259,7 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         head_macs: 9,
     });
     let load = (any::<(u64, u32)>(), finite_f64(), finite_f64()).prop_map(|(n, prefill_s, decode_s)| {
-        let image = [ImageState::Waiting, ImageState::Mapped][n.1 as usize % 2];
+        let image = [ImageState::Waiting, ImageState::Mapped, ImageState::Read][n.1 as usize % 3];
         let memory = (n.1 % 2 == 0).then(|| WorkerMemory { pss_bytes: n.0, ..WorkerMemory::default() });
         WorkerLoad { steps: n.0, sequences: n.1, prefill_s, decode_s, image, memory, ..WorkerLoad::default() }
     });

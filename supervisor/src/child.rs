@@ -29,7 +29,7 @@ use bitnetd_placement::WorkerPlacement;
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
 use bitnetd_proto::worker_link::{
-    WORKER_COPY_FD, WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD,
+    WORKER_COPY_FD, WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_KEPT_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD,
 };
 use command_fds::{CommandFdExt, FdMapping};
 use nix::errno::Errno;
@@ -262,6 +262,9 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
     let copy = spec.copy.map(|copy| copy.model().try_clone_to_owned()).transpose();
     let copy = copy.map_err(SpawnError::Descriptors)?;
 
+    let kept = spec.image.kept().map(|kept| kept.try_clone_to_owned()).transpose();
+    let kept = kept.map_err(SpawnError::Descriptors)?;
+
     let (last_words, words_in) =
         pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|error| SpawnError::Descriptors(error.into()))?;
 
@@ -281,6 +284,7 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
         FdMapping { parent_fd: words_in, child_fd: WORKER_LAST_WORDS_FD },
     ];
     mappings.extend(copy.map(|copy| FdMapping { parent_fd: copy, child_fd: WORKER_COPY_FD }));
+    mappings.extend(kept.map(|kept| FdMapping { parent_fd: kept, child_fd: WORKER_KEPT_FD }));
     let collision = |_| SpawnError::Descriptors(io::ErrorKind::AlreadyExists.into());
     command.fd_mappings(mappings).map_err(collision)?;
     // SAFETY: `apply` makes system calls on values that were made before the fork; it neither allocates, nor
@@ -370,7 +374,7 @@ impl ChildSetup {
 
 /// Whatever else the supervisor was started with (a shell's stray descriptors, say) is none of a worker's business.
 fn close_others_at_exec() -> io::Result<()> {
-    const FIRST: libc::c_uint = WORKER_COPY_FD.unsigned_abs() + 1;
+    const FIRST: libc::c_uint = WORKER_KEPT_FD.unsigned_abs() + 1;
     // SAFETY: The call takes three numbers and only marks descriptors of this process; none is closed before exec.
     let result =
         unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };

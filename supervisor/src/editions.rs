@@ -8,6 +8,7 @@ use bitnetd_proto::error::WireError;
 use bitnetd_proto::worker_link::WorkerSetup;
 
 use crate::image::{ModelImage, ModelSource};
+use crate::kept_image;
 use crate::node_copy::{self, NodeCopies};
 use crate::report;
 use crate::service::ServiceSpec;
@@ -55,7 +56,8 @@ impl Editions {
     /// Opens the model of a new configuration, and finds what of the present one goes on as it is.
     pub(crate) fn prepare(&mut self, spec: ServiceSpec, state: &State) -> Result<NewConfig, WireError> {
         let present = self.present();
-        let opened = ModelImage::open(&spec.model).map_err(|error| error.to_wire())?;
+        let mut opened = ModelImage::open(&spec.model).map_err(|error| error.to_wire())?;
+        opened.set_kept(kept_image::find(spec.image_cache.as_deref(), &spec.config, &opened));
         let is_same_file = match (&spec.model, &present.spec.model) {
             (ModelSource::BuiltIn(new), ModelSource::BuiltIn(old)) => new == old,
             _ => opened.is_same_file(&present.image),

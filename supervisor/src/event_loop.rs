@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::child::{SpawnSpec, spawn};
 use crate::editions::Editions;
 use crate::image::ModelImage;
+use crate::kept_image::Keeper;
 use crate::link::WorkerLink;
 use crate::log;
 use crate::metrics::Metrics;
@@ -102,6 +103,7 @@ pub(crate) struct EventLoop {
     reloads: HashMap<Edition, oneshot::Sender<Result<(), WireError>>>,
     herald: Herald,
     shelf: Shelf,
+    keeper: Keeper,
     metrics: Metrics,
     monitor: Monitor,
     started: Instant,
@@ -138,6 +140,7 @@ impl EventLoop {
             reloads: HashMap::new(),
             herald: Herald::new(notifier),
             shelf,
+            keeper: Keeper::default(),
             metrics: Metrics::default(),
             monitor: Monitor::new(),
             started: Instant::now(),
@@ -165,12 +168,15 @@ impl EventLoop {
         while !self.is_stopped {
             self.herald.look(&self.state, self.now());
             self.shelf.look(self.editions.present(), self.now());
+            let images = self.state.slots().iter().map(|slot| slot.load.image);
+            self.keeper.look(self.editions.present(), images, self.now());
             self.monitor.look(self.state.slots().iter().filter_map(|slot| slot.pid), self.now());
             let far = Duration::from_secs(24 * 3600);
             let deadlines = [
                 self.state.next_deadline(),
                 self.herald.next_due(),
                 self.shelf.next_due(),
+                self.keeper.next_due(),
                 self.monitor.next_due(),
             ];
             let next = deadlines.into_iter().flatten().min().unwrap_or_else(|| self.now() + far);
@@ -195,7 +201,8 @@ impl EventLoop {
     }
 
     fn status(&self) -> StatusReport {
-        report::status(&self.state, &self.editions, &self.monitor, self.now())
+        let report = report::status(&self.state, &self.editions, &self.monitor, self.now());
+        StatusReport { kept_image: self.keeper.report(), ..report }
     }
 
     fn now(&self) -> Duration {

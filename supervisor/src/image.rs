@@ -10,11 +10,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
+use bitnetd_config::{Choice as _, Config};
 use bitnetd_proto::error::{ErrorCode, WireError};
 use bitnetd_proto::exit_code::ExitCode;
-use bitnetd_proto::sealed;
+use bitnetd_proto::sealed::{self, is_sealed};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::fstat;
+use nix::sys::stat::{fstat, stat};
 
 use crate::files::FileState;
 
@@ -93,6 +94,8 @@ impl ImageError {
 pub(crate) struct ModelImage {
     model: OwnedFd,
     head: OwnedFd,
+    /// A file with the fast image that an earlier process kept.
+    kept: Option<OwnedFd>,
     is_built_in: bool,
 }
 
@@ -102,7 +105,7 @@ impl ModelImage {
         // Empty until a worker has filled and sealed it; the supervisor does no model arithmetic.
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let head = memfd_create(c"bitnetd-head", flags).map_err(|error| ImageError::Memory(error.into()))?;
-        Ok(Self { model, head, is_built_in: matches!(source, ModelSource::BuiltIn(_)) })
+        Ok(Self { model, head, kept: None, is_built_in: matches!(source, ModelSource::BuiltIn(_)) })
     }
 
     /// True if both are the very same file and it was not written to in between. Memory is never the same.
@@ -124,6 +127,16 @@ impl ModelImage {
     /// Takes memory that was filled and sealed in an earlier life of the service.
     pub(crate) fn set_head(&mut self, head: OwnedFd) {
         self.head = head;
+    }
+
+    /// Takes a file with the fast image of this model.
+    pub(crate) fn set_kept(&mut self, kept: Option<OwnedFd>) {
+        self.kept = kept;
+    }
+
+    /// The file with its fast image, if an earlier process kept one.
+    pub(crate) fn kept(&self) -> Option<BorrowedFd<'_>> {
+        self.kept.as_ref().map(AsFd::as_fd)
     }
 
     /// The memory of the fast image.
@@ -153,6 +166,24 @@ impl ModelImage {
             ModelSource::BuiltIn(bytes) => sealed_memory(bytes).map_err(ImageError::Memory),
         }
     }
+}
+
+/// What a fast image was made of: the model's file, how it is read, and the program, each in the state it is in now.
+pub(crate) fn made_of(config: &Config, image: &ModelImage) -> Option<String> {
+    // The built-in model is in memory, new in each process, and part of the program.
+    let model = if image.is_built_in() {
+        "built-in".into()
+    } else {
+        FileState::from(&fstat(image.model()).ok()?).to_string()
+    };
+    let program = FileState::from(&stat("/proc/self/exe").ok()?);
+    // Which parts the first worker makes also follows from the instruction set.
+    Some(format!("{}.{}.{model}.{program}", config.model.head.name(), config.engine.isa))
+}
+
+/// Full, and nobody can change it any more.
+pub(crate) fn is_whole(memory: &impl AsFd) -> bool {
+    is_sealed(memory) == Ok(true) && fstat(memory).is_ok_and(|stat| stat.st_size > 0)
 }
 
 /// A descriptor of memory that nobody can change any more, opened read-only.

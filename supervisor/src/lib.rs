@@ -14,6 +14,7 @@ mod event_loop; // The one task that owns the state.
 mod files; // Locks beside files, and the state files are in.
 mod image; // The model every worker inherits.
 mod journal; // The file that keeps durable jobs.
+mod kept_image; // The fast image on disk.
 mod link; // The task of one worker.
 mod listener; // The socket.
 mod log; // What the log says.

@@ -23,6 +23,7 @@ use crate::durable::{Durable, Workers};
 use crate::event_loop::{Command, Ended, EventLoop, JobSink, Submission};
 use crate::image::{ImageError, ModelImage, ModelSource};
 use crate::journal::Journal;
+use crate::kept_image;
 use crate::node_copy::{self, NodeCopies};
 use crate::notify::Notifier;
 use crate::own_cpus;
@@ -45,6 +46,8 @@ pub struct ServiceSpec {
     pub plan: Plan,
     /// The model.
     pub model: ModelSource,
+    /// The directory in which fast images are kept for later processes, if they are.
+    pub image_cache: Option<PathBuf>,
     /// The program that is started as a worker, usually this one.
     pub worker_program: PathBuf,
     /// Its arguments.
@@ -161,6 +164,7 @@ impl Service {
         let mut image = ModelImage::open(&spec.model).map_err(StartError::Model)?;
         let mut copies = node_copy::for_plan(&spec.plan, &NodeCopies::new()).map_err(StartError::Model)?;
         let shelf = Shelf::open(notifier.clone(), stored, &spec.config, (&mut image, &mut copies));
+        image.set_kept(kept_image::find(spec.image_cache.as_deref(), &spec.config, &image));
         let n_durable_places = Arc::new(AtomicUsize::new(durable_places(&spec)));
         own_cpus::keep_to(&spec.plan.supervisor_cpus);
         let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);

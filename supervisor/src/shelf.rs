@@ -9,13 +9,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bitnetd_config::{Choice as _, Config};
-use bitnetd_proto::sealed::is_sealed;
-use nix::sys::stat::{fstat, stat};
+use bitnetd_config::Config;
+use nix::sys::stat::fstat;
 
 use crate::editions::Prepared;
-use crate::files::FileState;
-use crate::image::ModelImage;
+use crate::image::{ModelImage, is_whole, made_of};
 use crate::node_copy::NodeCopies;
 use crate::notify::Notifier;
 
@@ -140,35 +138,16 @@ impl Part {
     }
 }
 
-/// Full, and nobody can change it any more.
-fn is_whole(memory: &impl AsFd) -> bool {
-    is_sealed(memory) == Ok(true) && size(memory) > 0
-}
-
 fn size(memory: impl AsFd) -> i64 {
     fstat(memory).map_or(0, |stat| stat.st_size)
 }
 
-/// What there may be to keep. A name says what it was made of: the model's file, how it is read, and the program, each in
-/// the state it is in now.
+/// What there may be to keep. A name says what it was made of ([`made_of`]), and from which pages.
 fn names(config: &Config, image: &ModelImage, copies: &NodeCopies) -> Vec<(String, Part)> {
     let Some(made_of) = made_of(config, image) else { return Vec::new() };
     let of_nodes = copies.keys().flat_map(|&node| [Part::NodeModel(node), Part::NodeImage(node)]);
     let parts = std::iter::once(Part::Image).chain(of_nodes);
-    let names = parts.map(|part| (format!("{}.{made_of}", part.kind()), part));
+    let pages = &config.engine.huge_pages;
+    let names = parts.map(|part| (format!("{}.{pages}.{made_of}", part.kind()), part));
     names.filter(|(name, _)| name.len() <= NAME_BYTES_MAX).collect()
-}
-
-fn made_of(config: &Config, image: &ModelImage) -> Option<String> {
-    // The built-in model is in memory, new in each process, and part of the program.
-    let model = if image.is_built_in() {
-        "built-in".into()
-    } else {
-        FileState::from(&fstat(image.model()).ok()?).to_string()
-    };
-    let program = FileState::from(&stat("/proc/self/exe").ok()?);
-    // Which parts the first worker makes also follows from the instruction set, and where it puts them from the pages.
-    let engine = &config.engine;
-    let how = format!("{}.{}.{}", config.model.head.name(), engine.isa, engine.huge_pages);
-    Some(format!("{how}.{model}.{program}"))
 }

@@ -58,6 +58,7 @@ impl Fixture {
             config: self.config.clone(),
             plan: Plan { workers: vec![WorkerPlacement::default(); self.n_slots], ..Plan::default() },
             model: ModelSource::BuiltIn(b"fake image"),
+            image_cache: None,
             worker_program: FAKE_WORKER.into(),
             worker_args: self.script.clone(),
             memory_bytes: None,

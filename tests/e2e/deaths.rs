@@ -129,6 +129,7 @@ fn answer_in_process(extra: &[&str], request: &GenerateRequest) -> (String, Opti
         },
         model: ModelSource::File(model),
         memory_bytes: None,
+        image_cache: None,
         worker_program: env!("CARGO_BIN_EXE_bitnetd").into(),
         worker_args: vec!["worker".into()],
     };

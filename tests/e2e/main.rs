@@ -16,6 +16,7 @@ mod daemon; // `serve` and its clients.
 mod deaths; // Workers and supervisors that are killed.
 mod durable; // Jobs that survive everything.
 mod journal; // The journal of systemd, with a stand-in.
+mod kept_image; // The fast image on disk.
 mod memory; // Copies of the model, and memory that is locked.
 mod metrics; // What is counted and measured, printed and scraped.
 mod monitor; // What runs where, as `status`, `top` and `--stats` tell.

@@ -38,6 +38,7 @@ fn spec(copy_nodes: &[Option<u32>]) -> ServiceSpec {
             std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/story.gguf"),
         ),
         memory_bytes: None,
+        image_cache: None,
         worker_program: env!("CARGO_BIN_EXE_bitnetd").into(),
         worker_args: vec!["worker".into()],
     }
@@ -176,8 +177,7 @@ fn the_copies_of_nodes_are_kept_over_a_restart() {
         let start = std::time::Instant::now();
         loop {
             let slots = service.status().await.slots;
-            let is_used =
-                |slot: &SlotReport| matches!(slot.load.image, ImageState::Made | ImageState::Mapped);
+            let is_used = |slot: &SlotReport| slot.load.image.is_used();
             if slots.iter().all(|slot| slot.state == "ready" && is_used(slot)) {
                 let of = |slot: &SlotReport, name| mapped(slot.pid.unwrap(), name);
                 assert_eq!(of(&slots[0], "memfd:bitnetd-copy"), BTreeSet::from([inodes[1]]));

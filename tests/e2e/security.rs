@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use bitnetd_proto::client::Client;
 use bitnetd_proto::status::SlotReport;
-use bitnetd_proto::worker_link::{Confinement, ImageState};
+use bitnetd_proto::worker_link::Confinement;
 use nix::libc;
 use nix::sys::signal::Signal;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
@@ -94,7 +94,7 @@ fn a_worker_may_write_the_fast_image_and_no_byte_more() {
     let daemon = Daemon::start(&folder, "-c %/c.toml");
     let size = wait_for("the image is made", || {
         let slots = daemon.status()?.slots;
-        let is_used = |slot: &SlotReport| matches!(slot.load.image, ImageState::Made | ImageState::Mapped);
+        let is_used = |slot: &SlotReport| slot.load.image.is_used();
         slots.iter().all(is_used).then(|| slots[0].load.image_bytes.to_string())
     });
     for pid in daemon.workers() {

@@ -73,7 +73,7 @@ impl Folder {
             command.env_remove(variable);
         }
         // Else root's daemons would all want the system's journal.
-        command.env("STATE_DIRECTORY", home.join("state"));
+        command.env("STATE_DIRECTORY", home.join("state")).env("CACHE_DIRECTORY", home.join("cache"));
         command
     }
 

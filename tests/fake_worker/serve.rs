@@ -13,6 +13,7 @@ pub(crate) fn run(args: &[String]) {
         config: Config::default(),
         plan: Plan { workers: vec![WorkerPlacement::default(); n_slots], ..Plan::default() },
         model: ModelSource::BuiltIn(b"fake image"),
+        image_cache: None,
         worker_program: std::env::current_exe().unwrap(),
         worker_args: script.iter().map(Into::into).collect(),
         memory_bytes: None,

@@ -6,7 +6,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use bitnetd_proto::worker_link::{
-    WORKER_COPY_FD, WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD,
+    WORKER_COPY_FD, WORKER_HEAD_FD, WORKER_IMAGE_FD, WORKER_KEPT_FD, WORKER_LAST_WORDS_FD, WORKER_LINK_FD,
 };
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockaddrLike, UnixAddr, getpeername};
@@ -31,6 +31,8 @@ pub(crate) struct Inherited {
     pub(crate) head: OwnedFd,
     /// Memory for the node's copy of the model: empty, or filled and sealed.
     pub(crate) copy: Option<OwnedFd>,
+    /// A file with the fast image that an earlier process kept.
+    pub(crate) kept: Option<OwnedFd>,
     /// A pipe to the supervisor, for the name of a denied system call.
     pub(crate) last_words: OwnedFd,
 }
@@ -41,14 +43,15 @@ pub(crate) fn take() -> Result<Inherited, InheritError> {
     let image = take_fd(WORKER_IMAGE_FD)?;
     let head = take_fd(WORKER_HEAD_FD)?;
     let last_words = take_fd(WORKER_LAST_WORDS_FD)?;
-    // Only workers that read a copy have it; nothing else is open yet that could have this number.
+    // Not every worker has these; nothing else is open yet that could have their numbers.
     let copy = take_fd(WORKER_COPY_FD).ok();
+    let kept = take_fd(WORKER_KEPT_FD).ok();
     let is_unix = getpeername::<UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&link))
         .is_ok_and(|peer| peer.family() == Some(AddressFamily::Unix));
     if !is_unix {
         return Err(InheritError::NotASocket { fd: WORKER_LINK_FD });
     }
-    Ok(Inherited { link: UnixStream::from(link), image, head, copy, last_words })
+    Ok(Inherited { link: UnixStream::from(link), image, head, copy, kept, last_words })
 }
 
 fn take_fd(fd: RawFd) -> Result<OwnedFd, InheritError> {

@@ -10,6 +10,7 @@
 mod budget; // Whether it fits in memory.
 mod inherited; // The open files that come with the process.
 mod job; // Between the wire's words and the engine's.
+mod kept_image; // What an earlier process left on disk, read back.
 mod link; // Frames in, frames out.
 mod locked_memory; // What stays in memory, whatever else wants it.
 mod node_copy; // A copy of the model in the memory of a node.
@@ -26,13 +27,13 @@ use crate::inherited::Inherited;
 use crate::link::Link;
 use crate::own_memory::OwnMemory;
 use crate::sandbox::Sandbox;
-use crate::startup::{StartError, Started};
+use crate::startup::{Memories, StartError, Started};
 use crate::step_loop::StepLoop;
 
 /// Runs a worker to its end. For tests: with `hang_after` its step loop hangs when it has generated so many tokens.
 #[must_use]
 pub fn run(hang_after: Option<u64>) -> ExitCode {
-    let Inherited { link, image, head, copy, last_words } = match inherited::take() {
+    let Inherited { link, image, head, copy, kept, last_words } = match inherited::take() {
         Ok(inherited) => inherited,
         Err(error) => {
             tracing::error!(%error, "this is an internal command of bitnetd; it is started by the supervisor only");
@@ -44,7 +45,7 @@ pub fn run(hang_after: Option<u64>) -> ExitCode {
         let own_memory = OwnMemory::open();
         // Nothing of the model is read before this, and there is no second thread yet.
         let sandbox = Sandbox::enter(&setup.confinement, last_words)?;
-        let started = startup::start(&setup, image, copy, head)?;
+        let started = startup::start(&setup, Memories { image, copy, head, kept })?;
         let commands = link.commands(own_memory).map_err(StartError::Reader)?;
         // Every thread is there, everything is mapped: no prompt was seen yet.
         // The fast image is made beside the jobs; there is no other file to write to.

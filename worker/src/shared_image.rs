@@ -1,4 +1,4 @@
-//! The fast image of the model: made by the first worker that gets to it, mapped by all.
+//! The fast image of the model: made by the first worker that gets to it, or read from disk, and mapped by all.
 //!
 //! The supervisor gives every worker the same anonymous memory, empty at first. Whoever holds the lock on it and finds
 //! it unsealed makes the image, a little at a time beside its jobs, and seals it; a sealed memory is whole and can
@@ -16,11 +16,14 @@ use std::time::{Duration, Instant};
 use bitnetd_engine::Engine;
 use bitnetd_engine::fast_image::{FastImage, FastImageBuilder, FastImageError, FastParts};
 use bitnetd_engine::mapping::{LockPages, Mapping, MappingError, MappingMut, lock};
+use bitnetd_proto::kept::Kept;
 use bitnetd_proto::sealed::{is_sealed, seal};
 use bitnetd_proto::worker_link::ImageState;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+
+use crate::kept_image::KeptReader;
 
 /// Why there is no fast image.
 #[derive(Debug, thiserror::Error)]
@@ -49,8 +52,10 @@ pub(crate) struct SharedImage {
 
 #[derive(Debug)]
 enum State {
-    /// Nobody has sealed it, as far as is known.
-    Open(File, FastParts),
+    /// Nobody has sealed it, as far as is known. The second file has one that was kept.
+    Open(File, FastParts, Option<File>),
+    /// This worker reads the one that was kept.
+    Reading(File, FastParts, Box<KeptReader>),
     /// This worker is at it.
     Making(File, FastParts, Box<FastImageBuilder>),
     /// Taken up, made here or not.
@@ -83,13 +88,14 @@ pub(crate) enum Left {
 impl SharedImage {
     /// An image of `n_bytes`; without parts, none. Nothing is mapped or made yet.
     pub(crate) fn new(
-        memory: OwnedFd,
+        (memory, kept): (OwnedFd, Option<OwnedFd>),
         (parts, n_bytes): (FastParts, u64),
         huge_pages: HugePages,
         is_locked: bool,
     ) -> Self {
         let is_any = parts.ternary || parts.head;
-        let state = if is_any { State::Open(memory.into(), parts) } else { State::Over };
+        let state =
+            if is_any { State::Open(memory.into(), parts, kept.map(File::from)) } else { State::Over };
         Self { state, n_bytes, huge_pages, is_locked, begun: Instant::now() }
     }
 
@@ -97,7 +103,7 @@ impl SharedImage {
     pub(crate) fn state(&self) -> ImageState {
         match &self.state {
             State::Open(..) => ImageState::Waiting,
-            State::Making(..) => ImageState::Making,
+            State::Reading(..) | State::Making(..) => ImageState::Making,
             State::Used(state) => *state,
             State::Over => ImageState::None,
         }
@@ -106,6 +112,11 @@ impl SharedImage {
     /// Bytes it takes; 0 if there is none.
     pub(crate) fn n_bytes(&self) -> u64 {
         if matches!(self.state, State::Over) { 0 } else { self.n_bytes }
+    }
+
+    /// True if it takes no more than reading a file.
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self.state, State::Open(_, _, Some(_)) | State::Reading(..))
     }
 
     /// Works on it for about `time`, if there is anything to do.
@@ -131,12 +142,12 @@ impl SharedImage {
     ) -> Result<(State, Left), SharedImageError> {
         match state {
             State::Used(_) | State::Over => Ok((state, Left::Nothing)),
-            State::Open(file, parts) => {
+            State::Open(file, parts, kept) => {
                 if is_sealed(&file).map_err(SharedImageError::Seal)? {
                     return self.take_up(file, ImageState::Mapped, engine);
                 }
                 if !try_lock(&file)? {
-                    return Ok((State::Open(file, parts), Left::Wait));
+                    return Ok((State::Open(file, parts, kept), Left::Wait));
                 }
                 // It may have been sealed, and unlocked, since.
                 if is_sealed(&file).map_err(SharedImageError::Seal)? {
@@ -144,11 +155,16 @@ impl SharedImage {
                 }
                 let model = Arc::clone(engine.model());
                 let n_bytes = FastImageBuilder::n_bytes(&model, parts)?;
+                let kept = kept.and_then(|kept| opened(kept, n_bytes));
                 // A predecessor may have died while it was writing.
                 file.set_len(0)
                     .and_then(|()| file.set_len(n_bytes as u64))
                     .map_err(SharedImageError::Size)?;
                 let memory = MappingMut::new(&file, n_bytes)?;
+                if let Some((kept, header)) = kept {
+                    let reader = KeptReader::new(kept, header, memory, self.huge_pages != HugePages::Off);
+                    return Ok((State::Reading(file, parts, Box::new(reader)), Left::Work));
+                }
                 let mut builder = FastImageBuilder::new(model, parts, memory)?;
                 if self.huge_pages == HugePages::Off {
                     builder.without_huge_pages();
@@ -159,17 +175,37 @@ impl SharedImage {
                 if !builder.advance(engine.kernels(), engine.pool(), time)? {
                     return Ok((State::Making(file, parts, builder), Left::Work));
                 }
-                let (n_bytes, n_refused) = builder.huge_page_bytes();
-                let in_huge_pages = n_bytes - n_refused;
-                let seconds = self.begun.elapsed().as_secs_f64();
-                tracing::info!(n_bytes, in_huge_pages, seconds, "the fast image is made");
-                if self.huge_pages == HugePages::On && n_refused > 0 {
-                    tracing::warn!(n_bytes = n_refused, "not in huge pages: the system had none to give");
-                }
+                self.tell(builder.huge_page_bytes(), "the fast image is made");
                 drop(builder);
                 seal(&file).map_err(SharedImageError::Seal)?;
                 self.take_up(file, ImageState::Made, engine)
             }
+            State::Reading(file, parts, mut reader) => match reader.advance(engine, time) {
+                Ok(false) => Ok((State::Reading(file, parts, reader), Left::Work)),
+                Ok(true) => {
+                    self.tell(reader.huge_page_bytes(), "the fast image is read from disk");
+                    drop(reader);
+                    seal(&file).map_err(SharedImageError::Seal)?;
+                    self.take_up(file, ImageState::Read, engine)
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        error = chain(&error),
+                        "what was kept on disk is of no use: the fast image is made anew"
+                    );
+                    drop(reader);
+                    self.next(State::Open(file, parts, None), engine, time)
+                }
+            },
+        }
+    }
+
+    fn tell(&self, (n_bytes, n_refused): (usize, usize), what: &'static str) {
+        let in_huge_pages = n_bytes - n_refused;
+        let seconds = self.begun.elapsed().as_secs_f64();
+        tracing::info!(n_bytes, in_huge_pages, seconds, "{what}");
+        if self.huge_pages == HugePages::On && n_refused > 0 {
+            tracing::warn!(n_bytes = n_refused, "not in huge pages: the system had none to give");
         }
     }
 
@@ -193,6 +229,17 @@ impl SharedImage {
         tracing::debug!(seconds = self.begun.elapsed().as_secs_f64(), "the fast image is in use");
         Ok((State::Used(origin), Left::Nothing))
     }
+}
+
+/// A kept image with its header, if it has the size that one of this model has.
+fn opened(kept: File, n_bytes: usize) -> Option<(File, Kept)> {
+    let error = match Kept::open(&kept) {
+        Ok(header) if header.n_bytes() == n_bytes => return Some((kept, header)),
+        Ok(header) => format!("it has {} bytes, expected {n_bytes}", header.n_bytes()),
+        Err(error) => chain(&error),
+    };
+    tracing::warn!(error, "what was kept on disk is of no use: the fast image is made anew");
+    None
 }
 
 /// An error and its causes in one line.

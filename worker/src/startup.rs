@@ -34,6 +34,14 @@ use crate::shared_image::{HugePages, SharedImage};
 /// Memory that is left to others when room for something that can be done without is looked for.
 const MEMORY_LEFT: u64 = 512 << 20;
 
+/// The open files that the model and its fast image are in, as [`crate::inherited::Inherited`] has them.
+pub(crate) struct Memories {
+    pub(crate) image: OwnedFd,
+    pub(crate) copy: Option<OwnedFd>,
+    pub(crate) head: OwnedFd,
+    pub(crate) kept: Option<OwnedFd>,
+}
+
 /// An engine, and the model's way to write a conversation.
 pub(crate) struct Started {
     pub(crate) engine: Engine,
@@ -139,12 +147,8 @@ pub(crate) fn handshake(link: &mut Link) -> Result<WorkerSetup, StartError> {
 }
 
 /// Loads the model.
-pub(crate) fn start(
-    setup: &WorkerSetup,
-    image: OwnedFd,
-    copy: Option<OwnedFd>,
-    head: OwnedFd,
-) -> Result<Started, StartError> {
+pub(crate) fn start(setup: &WorkerSetup, memories: Memories) -> Result<Started, StartError> {
+    let Memories { image, copy, head, kept } = memories;
     let begun = Instant::now();
     name_this_thread(&format!("{}-t0", thread_name(setup)));
     let name = || setup.model_name.clone();
@@ -194,7 +198,7 @@ pub(crate) fn start(
     let load_s = begun.elapsed().as_secs_f64();
     let summary = Box::new(summarise(&engine, setup, image_bytes, matches!(template, Ok(Some(_)))));
     tracing::info!(slot = setup.slot, isa = %kernels.isa(), load_s, "loaded");
-    let fast_image = SharedImage::new(head, wanted, huge_pages, setup.mlock);
+    let fast_image = SharedImage::new((head, kept), wanted, huge_pages, setup.mlock);
     Ok(Started { engine, template, fast_image, summary, load_s })
 }
 

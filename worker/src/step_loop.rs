@@ -3,8 +3,9 @@
 //! Between two steps every command that has come is carried out, so a cancel or a ping waits for one step at most;
 //! with no sequence on board the loop sleeps until a command comes.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bitnetd_engine::chat::{ChatError, ChatTemplate};
 use bitnetd_engine::{Engine, StepEvents};
@@ -25,6 +26,10 @@ const IMAGE_SLICE_MAX: Duration = Duration::from_millis(40);
 /// For each step so far a slice between two steps may be so much longer: the more was asked for, the more is to come.
 const IMAGE_SLICE_PER_STEP: Duration = Duration::from_micros(64);
 
+/// How long an image is read from disk before a step: the longest time, mostly enough for all of it (0.1 s from the page cache,
+/// some 0.5 s from a fast disk), is granted before the first step; then as long as the step before took, at least this.
+const KEPT_SLICE: Range<Duration> = Duration::from_millis(100)..Duration::from_secs(1);
+
 /// Steps before the fast image takes time from those to come. So many lose about what it costs to make, since each reads the weights
 /// once: who stops before them has lost nothing by it, and who goes on at most twice what it costs (as with skis, rented or bought).
 const IMAGE_STEPS_MIN: u64 = 96;
@@ -39,6 +44,8 @@ pub(crate) struct StepLoop {
     fast_image: SharedImage,
     link: Link,
     is_draining: bool,
+    /// How long the last step took.
+    last_step: Option<Duration>,
     memory: Option<WorkerMemory>,
     /// For tests of the watchdog.
     hang_after: Option<u64>,
@@ -64,7 +71,16 @@ impl StepLoop {
         link: Link,
         hang_after: Option<u64>,
     ) -> Self {
-        Self { engine, template, fast_image, link, is_draining: false, memory: None, hang_after }
+        Self {
+            engine,
+            template,
+            fast_image,
+            link,
+            is_draining: false,
+            last_step: None,
+            memory: None,
+            hang_after,
+        }
     }
 
     /// Serves until the link closes or a drain is done.
@@ -91,16 +107,28 @@ impl StepLoop {
                 }
                 continue;
             }
-            self.engine.step(&mut events);
-            self.report(&mut events)?;
-            let n_steps = self.engine.stats().steps;
-            if n_steps >= IMAGE_STEPS_MIN {
-                self.fast_image.advance(&mut self.engine, slice_after(n_steps));
+            if let Some(slice) = self.image_slice() {
+                self.fast_image.advance(&mut self.engine, slice);
             }
+            let begun = Instant::now();
+            self.engine.step(&mut events);
+            self.last_step = Some(begun.elapsed());
+            self.report(&mut events)?;
             while self.hang_after.is_some_and(|n_tokens| self.engine.stats().decode_tokens >= n_tokens) {
                 std::hint::spin_loop();
             }
         }
+    }
+
+    /// How long to work on the fast image before a step.
+    fn image_slice(&self) -> Option<Duration> {
+        let n_steps = self.engine.stats().steps;
+        if self.fast_image.is_kept() {
+            return Some(
+                self.last_step.map_or(KEPT_SLICE.end, |step| step.clamp(KEPT_SLICE.start, KEPT_SLICE.end)),
+            );
+        }
+        (n_steps >= IMAGE_STEPS_MIN).then(|| slice_after(n_steps))
     }
 
     /// Carries out every command that is there; waits for one if there is nothing else to do.

@@ -70,7 +70,8 @@ pub(crate) struct BenchArgs {
     plot: Option<PathBuf>,
 }
 
-fn heads() -> impl clap::builder::TypedValueParser<Value = HeadChoice> {
+/// Reads `--head`.
+pub(crate) fn heads() -> impl clap::builder::TypedValueParser<Value = HeadChoice> {
     PossibleValuesParser::new(HeadChoice::CHOICES.iter().map(|(name, _)| *name))
         .map(|name| HeadChoice::from_name(&name).unwrap_or_default())
 }

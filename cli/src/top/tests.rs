@@ -41,6 +41,7 @@ fn report(n_workers: u32, n_threads: u32, n_jobs: u32) -> StatusReport {
             ..Totals::default()
         },
         journal: None,
+        kept_image: None,
         slots: (0..n_workers).map(|number| slot(number, n_threads)).collect(),
         jobs: (0..n_jobs).map(job).collect(),
         n_jobs_beyond: 0,
