@@ -219,6 +219,7 @@ impl KvCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Isa;
     use crate::kernels::float::AttentionRow;
     use crate::pool::PoolOptions;
 
@@ -277,31 +278,38 @@ mod tests {
         assert!(other.key_codes.iter().chain(other.value_codes).all(|code| *code == 0));
     }
 
-    /// Threads write rows of several sequences at once, and several tokens of a page.
+    /// Threads write rows of several sequences at once, and several tokens of a page; with every instruction set the same.
     #[test]
     fn many_rows_are_stored_as_one_after_the_other() {
-        let shape = KvShape { n_layers: 1, n_kv_heads: 3, head_dim: 70, n_pages: 5, ..SHAPE };
         let pools = [1, 3].map(|n| ThreadPool::new(PoolOptions::unpinned(n)).unwrap());
         let row = |pages, n_visible| AttentionRow { pages, n_visible };
         let rows: Vec<AttentionRow<'_>> = (20..50)
             .map(|n_visible| row(&[4, 1][..], n_visible))
             .chain([row(&[0], 1), row(&[3, 2], 33)])
             .collect();
-        let (small, wide) = (3 * 70, rows.len() * 3 * 70);
         let number = |i: usize| f32::from(u16::try_from(i * 7919 % 4001).unwrap()) / 999.0 - 2.0;
-        let keys: Vec<f32> = (0..wide).map(number).collect();
-        let values: Vec<f32> = keys.iter().map(|x| x * 0.7 + 0.1).collect();
-        for kv_type in KvType::ALL {
-            let [mut each, mut all] = [(), ()].map(|()| KvCache::new(KvShape { kv_type, ..shape }));
+        let widths = [1, 31, 33, 70, 128, 139];
+        for (kv_type, head_dim) in KvType::ALL.into_iter().flat_map(|t| widths.map(|width| (t, width))) {
+            let shape = KvShape { kv_type, n_layers: 1, n_kv_heads: 3, head_dim, n_pages: 5 };
+            let small = 3 * head_dim;
+            let keys: Vec<f32> = (0..rows.len() * small).map(number).collect();
+            let values: Vec<f32> = keys.iter().map(|x| x * 0.7 + 0.1).collect();
+            let mut each = KvCache::new(shape);
             let mut slots = KvSlots::with_capacity(rows.len());
+            let scalar = KernelSet::for_isa(Isa::Scalar).unwrap();
             for (i, row) in rows.iter().enumerate() {
                 slots.set(std::slice::from_ref(row));
                 let of = |all: &[f32]| all[i * small..(i + 1) * small].to_vec();
-                each.store((KernelSet::detect(), &pools[0]), 0, &slots, [&of(&keys), &of(&values)]);
+                each.store((scalar, &pools[0]), 0, &slots, [&of(&keys), &of(&values)]);
             }
             slots.set(&rows);
-            all.store((KernelSet::detect(), &pools[1]), 0, &slots, [&keys, &values]);
-            assert_eq!(format!("{:?}", each.layers), format!("{:?}", all.layers), "{kv_type}");
+            for kernels in KernelSet::all_present() {
+                let mut all = KvCache::new(shape);
+                all.store((kernels, &pools[1]), 0, &slots, [&keys, &values]);
+                let isa = kernels.isa();
+                let [each, all] = [&each, &all].map(|cache| format!("{:?}", cache.layers));
+                assert!(each == all, "{kv_type}, heads of {head_dim}, {isa}");
+            }
         }
     }
 

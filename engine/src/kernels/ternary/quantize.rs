@@ -194,45 +194,71 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_norm_and_a_gate_come_before() {
-        let pool = ThreadPool::new(PoolOptions::unpinned(2)).unwrap();
-        let gate: Vec<f32> = (0_u8..=255).map(|i| f32::from(i) * 0.02 - 2.0).collect();
-        let up: Vec<f32> = gate.iter().rev().copied().collect();
-        let weight: Vec<f32> = (0_u8..128).map(|i| 1.0 + f32::from(i) * 0.01).collect();
-        for kernels in KernelSet::all_present() {
-            let mut h = vec![0.0; 256];
-            kernels.glu_row(Activation::ReluSquared, &gate, &up, &mut h);
-            let mut normed = vec![0.0; 256];
-            kernels.rms_norm_rows(&pool, &h, &weight, 1e-5, &mut normed);
-            let (_, expected) = quantize(kernels, &normed, 2);
-            let mut rows = QuantizedRows::new(2, 128);
-            rows.reset(2, 128);
-            let norm = Some((&weight[..], 1e-5));
-            kernels.norm_quantize(&pool, &h, norm, &mut rows);
-            let value = |rows: &QuantizedRows, i: usize| rows.value(i / 128, i % 128);
-            assert!((0..256).all(|i| value(&rows, i) == expected[i]), "{}", kernels.isa());
-            kernels.glu_norm_quantize(&pool, Activation::ReluSquared, [&gate, &up], norm, &mut rows);
-            assert!((0..256).all(|i| value(&rows, i) == expected[i]), "{}", kernels.isa());
-        }
+    /// The definition at the top of this file, in other words: `(scale, values)` of a row.
+    fn plainly(x: &[f32]) -> (f32, Vec<i8>) {
+        let numbers = || x.iter().map(|x| if x.is_nan() { 0.0 } else { *x });
+        let absmax = numbers().fold(0.0, |m: f32, x| m.max(x.abs()));
+        #[expect(clippy::cast_possible_truncation, reason = "the scale is defined as an f32")]
+        let scale = (127.0 / f64::from(absmax).max(1e-5)) as f32;
+        let value = |x: f32| {
+            let scaled = x * scale; // Not a number where zero meets infinity.
+            let rounded = if scaled.is_nan() { 0.0 } else { scaled.clamp(-128.0, 127.0).round_ties_even() };
+            #[expect(clippy::cast_possible_truncation, reason = "a whole number from -128 to 127")]
+            let value = rounded as i8;
+            value
+        };
+        (scale, numbers().map(value).collect())
+    }
+
+    fn some_rows() -> impl Strategy<Value = (usize, Vec<f32>)> {
+        let x = |(n_rows, n_blocks)| {
+            let value = prop_oneof![8 => -3.0_f32..3.0, 1 => any::<f32>()];
+            (Just(n_rows), prop::collection::vec(value, n_rows * n_blocks * 128))
+        };
+        (1..8_usize, 1..12_usize).prop_flat_map(x)
     }
 
     proptest! {
         #[test]
-        fn every_isa_agrees_with_scalar(
-            x in prop::collection::vec(prop_oneof![-3.0_f32..3.0, any::<f32>()], 3 * 384),
-        ) {
-            let scalar = KernelSet::for_isa(Isa::Scalar).unwrap();
-            let (expected_rows, expected) = quantize(scalar, &x, 3);
+        fn every_isa_agrees_with_the_definition((n_rows, x) in some_rows()) {
+            let n_cols = x.len() / n_rows;
             for kernels in KernelSet::all_present() {
-                let (rows, values) = quantize(kernels, &x, 3);
-                prop_assert_eq!(&values, &expected, "{}", kernels.isa());
-                for row in 0..3 {
-                    prop_assert_eq!(rows.scale(row).to_bits(), expected_rows.scale(row).to_bits());
-                    let sum: i32 = expected[row * 384..(row + 1) * 384].iter().map(|&v| i32::from(v)).sum();
+                let (rows, values) = quantize(kernels, &x, n_rows);
+                for (row, x) in x.chunks(n_cols).enumerate() {
+                    let (scale, expected) = plainly(x);
+                    prop_assert_eq!(&values[row * n_cols..][..n_cols], &expected, "{}", kernels.isa());
+                    prop_assert_eq!(rows.scale(row).to_bits(), scale.to_bits());
+                    let sum: i32 = expected.iter().map(|&v| i32::from(v)).sum();
                     prop_assert_eq!(rows.sum(row), sum);
                     prop_assert_eq!(rows.block_sums(row).iter().sum::<i32>(), sum);
                 }
+            }
+        }
+
+        #[test]
+        fn a_norm_and_a_gate_come_before((n_rows, gate) in some_rows(), is_relu in any::<bool>()) {
+            let n_cols = gate.len() / n_rows;
+            let pool = ThreadPool::new(PoolOptions::unpinned(2)).unwrap();
+            let up: Vec<f32> = gate.iter().rev().map(|x| x.clamp(-9.0, 9.0)).collect();
+            let weight: Vec<f32> = (0_u8..32).cycle().take(n_cols).map(|i| 1.0 + f32::from(i) * 0.01).collect();
+            let act = if is_relu { Activation::ReluSquared } else { Activation::Silu };
+            for kernels in KernelSet::all_present() {
+                let mut h = vec![0.0; gate.len()];
+                kernels.glu_row(act, &gate, &up, &mut h);
+                let mut normed = vec![0.0; gate.len()];
+                kernels.rms_norm_rows(&pool, &h, &weight, 1e-5, &mut normed);
+                let (_, expected) = quantize(kernels, &normed, n_rows);
+                let mut rows = QuantizedRows::new(n_rows, n_cols);
+                let norm = Some((&weight[..], 1e-5));
+                let all = |rows: &QuantizedRows| -> Vec<i8> {
+                    (0..gate.len()).map(|i| rows.value(i / n_cols, i % n_cols)).collect()
+                };
+                rows.reset(n_rows, n_cols);
+                kernels.norm_quantize(&pool, &h, norm, &mut rows);
+                prop_assert_eq!(all(&rows), &expected[..], "{}", kernels.isa());
+                rows.reset(n_rows, n_cols);
+                kernels.glu_norm_quantize(&pool, act, [&gate, &up], norm, &mut rows);
+                prop_assert_eq!(all(&rows), &expected[..], "{}", kernels.isa());
             }
         }
     }
