@@ -26,6 +26,7 @@ fn rates_stand_beside_their_bounds_as_json_and_as_a_picture() {
     for bounds in rates("bounds") {
         assert!(bounds["read_bytes_per_s"].as_f64().unwrap() > 1e6, "{bounds}");
         assert!(bounds["macs_per_s"].as_f64().unwrap() > 1e6, "{bounds}");
+        assert!(bounds["moved"].as_f64().unwrap() >= 0.0, "{bounds}");
     }
     // The story model: 2-bit weights and an F16 head.
     assert!(

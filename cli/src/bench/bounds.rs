@@ -21,6 +21,9 @@ pub(crate) struct Bounds {
     pub read_bytes_per_s: f64,
     /// Multiplications of an unsigned with a signed byte, added up, in a second.
     pub macs_per_s: f64,
+    /// By how much the better of two measurements, before and after the rates, is better than the other, as a share of it: how
+    /// steady the machine was.
+    pub moved: f64,
 }
 
 /// Measures both on these CPUs.
@@ -46,6 +49,7 @@ pub(crate) fn measure(isa: &str, cpus: &[u32]) -> Result<Bounds, CliError> {
             threads,
             read_bytes_per_s: read_bandwidth(kernels, &pool, memory.bytes()),
             macs_per_s: integer_peak(kernels, &pool),
+            moved: 0.0,
         })
     };
     match std::thread::spawn(probe).join() {
@@ -55,6 +59,14 @@ pub(crate) fn measure(isa: &str, cpus: &[u32]) -> Result<Bounds, CliError> {
 }
 
 impl Bounds {
+    /// The better of both: a rate is no larger a share of what the machine can do because it was slower for a while.
+    pub(crate) fn or_better(self, later: Self) -> Self {
+        let pairs = [(self.read_bytes_per_s, later.read_bytes_per_s), (self.macs_per_s, later.macs_per_s)];
+        let [read_bytes_per_s, macs_per_s] = pairs.map(|(a, b)| a.max(b));
+        let moved = pairs.map(|(a, b)| a.max(b) / a.min(b) - 1.0).into_iter().fold(0.0, f64::max);
+        Self { threads: self.threads, read_bytes_per_s, macs_per_s, moved }
+    }
+
     /// Steps of `n_rows` tokens each: the most tokens in a second, and what it is that limits them.
     #[expect(clippy::cast_precision_loss, reason = "a rate, good to a few digits")]
     pub(crate) fn tokens_per_s(&self, step_bytes: u64, macs_per_token: u64, n_rows: usize) -> (f64, BoundBy) {
@@ -70,8 +82,17 @@ mod tests {
 
     #[test]
     fn few_rows_are_bound_by_reading_and_many_by_multiplying() {
-        let bounds = Bounds { threads: 2, read_bytes_per_s: 1000.0, macs_per_s: 8000.0 };
+        let bounds = Bounds { threads: 2, read_bytes_per_s: 1000.0, macs_per_s: 8000.0, moved: 0.0 };
         assert_eq!(bounds.tokens_per_s(100, 200, 1), (10.0, BoundBy::Reading));
         assert_eq!(bounds.tokens_per_s(100, 200, 8), (40.0, BoundBy::Multiplying));
+    }
+
+    #[test]
+    fn the_better_of_two_measurements_counts() {
+        let before = Bounds { threads: 2, read_bytes_per_s: 1000.0, macs_per_s: 9000.0, moved: 0.0 };
+        let after = Bounds { read_bytes_per_s: 1250.0, macs_per_s: 8000.0, ..before };
+        let expected = Bounds { threads: 2, read_bytes_per_s: 1250.0, macs_per_s: 9000.0, moved: 0.25 };
+        assert_eq!((before.or_better(after), after.or_better(before)), (expected, expected));
+        assert_eq!(before.or_better(before), before);
     }
 }

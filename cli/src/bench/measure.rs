@@ -46,11 +46,13 @@ pub(super) struct Setup {
 /// Measures everything with one worker and adds it to the report.
 pub(super) async fn run(
     config: Config,
-    bounds: Bounds,
+    bounds: impl Fn() -> Result<Bounds, CliError>,
     setup: &Setup,
     report: &mut Option<Report>,
     note: impl Fn(&str),
 ) -> Result<(), CliError> {
+    note("what the machine can do");
+    let before = bounds()?;
     let (prefill, decode, local) = Local::with(config, async |local| {
         let mut tokens = Tokens::below(local.model.n_vocab);
         // The first steps are short: how fast the machine is, the worker learns from them. And pages are touched first.
@@ -73,6 +75,8 @@ pub(super) async fn run(
         Ok((prefill, decode, local))
     })
     .await?;
+    note("what the machine can do, again");
+    let bounds = before.or_better(bounds()?);
     let step_bytes = decode.first().map_or(local.model.step_bytes, |(_, _, step_bytes)| *step_bytes);
     let model = &local.model;
     let report = report.get_or_insert_with(|| Report {

@@ -153,8 +153,8 @@ pub(crate) fn main(args: &BenchArgs, log: &LogArgs) -> Result<ExitCode, CliError
         let config = config(args, log, threads, &setup)?;
         let place = local::plan(&config)?;
         let cpus = place.workers.first().map(|worker| worker.cpus.clone()).unwrap_or_default();
-        say(log, &format!("{threads} threads: what the machine can do …"));
-        let bounds = bounds::measure(&config.engine.isa, &cpus)?;
+        let isa = config.engine.isa.clone();
+        let bounds = || bounds::measure(&isa, &cpus);
         let note = |what: &str| say(log, &format!("{threads} threads: {what} …"));
         runtime::block_on(measure::run(config, bounds, &setup, &mut report, note))?;
     }

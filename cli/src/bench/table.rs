@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 
 use super::{BoundBy, Rate, Report};
 
+/// A machine that changed by more was disturbed.
+const MOVED_MAX: f64 = 0.1;
+
 /// The whole report.
 pub(super) fn text(report: &Report) -> String {
     let mut out = String::new();
@@ -27,6 +30,14 @@ fn write(report: &Report, out: &mut String) -> std::fmt::Result {
     for bounds in &report.bounds {
         let (read, multiply) = (bounds.read_bytes_per_s / 1e9, bounds.macs_per_s / 1e9);
         writeln!(out, "{:>7}  {read:>10.1}  {multiply:>10.0}", bounds.threads)?;
+    }
+    let moved = report.bounds.iter().map(|bounds| bounds.moved).fold(0.0, f64::max);
+    if moved > MOVED_MAX {
+        writeln!(
+            out,
+            "it was not steady: {:.0} % between before and after; shares are of the better of both",
+            moved * 100.0
+        )?;
     }
     let times = if report.repeats == 1 { "once".into() } else { format!("median of {}", report.repeats) };
     writeln!(out, "\nReading a prompt of {} tokens ({times})", report.prompt_tokens)?;
@@ -82,8 +93,8 @@ pub(super) mod tests {
             answer_tokens: 64,
             repeats: 3,
             bounds: vec![
-                Bounds { threads: 1, read_bytes_per_s: 15e9, macs_per_s: 361e9 },
-                Bounds { threads: 2, read_bytes_per_s: 29.04e9, macs_per_s: 701e9 },
+                Bounds { threads: 1, read_bytes_per_s: 15e9, macs_per_s: 361e9, moved: 0.02 },
+                Bounds { threads: 2, read_bytes_per_s: 29.04e9, macs_per_s: 701e9, moved: 0.31 },
             ],
             prefill: vec![
                 rate(1, 1, 100.0, 173.2, BoundBy::Multiplying),

@@ -231,7 +231,7 @@ pub(super) mod tests {
                 model: "model.gguf".into(),
                 model_bytes: 1_000_000,
             },
-            bounds: Bounds { threads: 2, read_bytes_per_s: 28e9, macs_per_s: 460e9 },
+            bounds: Bounds { threads: 2, read_bytes_per_s: 28e9, macs_per_s: 460e9, moved: 0.0 },
             splits: vec![split(1, 2), split(2, 1)],
             workloads: vec![workload(Workload::Large, [37.0, 19.0]), workload(Workload::Small, [90.0, 92.0])],
             overall: verdict(1, 1.01, false),
