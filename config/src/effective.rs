@@ -150,6 +150,7 @@ impl Config {
             "ctx" => self.engine.ctx?.to_string(),
             "max_batch" => self.engine.max_batch.to_string(),
             "prefill_chunk" => self.engine.prefill_chunk.to_string(),
+            "prefill_time" => quoted(&values::format_duration(self.engine.prefill_time)),
             "kv_type" => quoted(&self.engine.kv_type),
             "isa" => quoted(&self.engine.isa),
             "wait" => quoted(&self.engine.wait),

@@ -176,6 +176,7 @@ fn engine(table: &mut Table<'_, '_, '_>) -> EngineConfig {
         prefill_chunk: table
             .get("prefill_chunk", |value| integer(value, 1..=8192))
             .unwrap_or(default.prefill_chunk),
+        prefill_time: table.get("prefill_time", step_time).unwrap_or(default.prefill_time),
         kv_type: table.get("kv_type", |value| word(value, schema::KV_TYPES)).unwrap_or(default.kv_type),
         isa: table.get("isa", |value| word(value, schema::ISAS)).unwrap_or(default.isa),
         wait: table.get("wait", |value| word(value, schema::WAITS)).unwrap_or(default.wait),
@@ -354,6 +355,13 @@ fn duration(value: &DeValue<'_>) -> Result<Duration, Refusal> {
 fn positive(value: &DeValue<'_>) -> Result<Duration, Refusal> {
     let duration = duration(value)?;
     if duration.is_zero() { Err(Refusal::new("must be longer than zero")) } else { Ok(duration) }
+}
+
+fn step_time(value: &DeValue<'_>) -> Result<Duration, Refusal> {
+    let duration = duration(value)?;
+    let range = Duration::from_millis(1)..=Duration::from_secs(1);
+    let refusal = || Refusal::expected("a duration from \"1ms\" to \"1s\"", value);
+    if range.contains(&duration) { Ok(duration) } else { Err(refusal()) }
 }
 
 fn choice<T: Choice>(value: &DeValue<'_>) -> Result<T, Refusal> {

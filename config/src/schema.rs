@@ -109,7 +109,12 @@ pub const KEYS: &[Key] = &[
     key(
         "engine",
         "prefill_chunk",
-        "Prompt tokens in one step, so that a long prompt does not stall the others.",
+        "Prompt tokens in one step, at most, so that a long prompt does not stall the others.",
+    ),
+    key(
+        "engine",
+        "prefill_time",
+        "How long a step with prompt tokens may take while others wait for their next token, about: shorter steps for a\nsteadier stream, longer ones for more tokens in all (at most \"1s\", which `batch` takes for itself).",
     ),
     key(
         "engine",

@@ -168,6 +168,8 @@ pub struct EngineConfig {
     pub max_batch: u32,
     /// Prompt tokens in one step.
     pub prefill_chunk: u32,
+    /// Time of a step with prompt tokens while others wait.
+    pub prefill_time: Duration,
     /// Type of the KV cache: `f16`, `q8_0`.
     pub kv_type: String,
     /// Instruction set: `auto`, `scalar`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon`, `neon-dotprod`.
@@ -204,6 +206,7 @@ impl Default for EngineConfig {
             ctx: None,
             max_batch: 8,
             prefill_chunk: 256,
+            prefill_time: Duration::from_millis(300),
             kv_type: "f16".into(),
             isa: "auto".into(),
             wait: "hybrid".into(),

@@ -89,6 +89,9 @@ fn limits_hold_at_the_limit_and_one_beyond() {
         problems(&format!("[{section}]\n{key} = -1\n"));
         problems(&format!("[{section}]\n{key} = 1.0\n"));
     }
+    assert!(Config::parse("[engine]\nprefill_time = '1s'", Path::new("x")).is_ok());
+    problems("[engine]\nprefill_time = '1001ms'");
+    problems("[engine]\nprefill_time = '0s'");
     assert!(Config::parse("[restart]\ndrain_timeout = '168h'", Path::new("x")).is_ok());
     problems("[restart]\ndrain_timeout = '169h'");
     let socket = |bytes: usize| format!("[listen]\nsocket = '/{}'", "s".repeat(bytes - 1));

@@ -68,6 +68,7 @@ prop_compose! {
                 ctx,
                 max_batch,
                 prefill_chunk,
+                prefill_time: Duration::from_millis(u64::from(prefill_chunk) % 1000 + 1),
                 isa: isa.into(),
                 nice,
                 scheduler,

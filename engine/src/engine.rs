@@ -20,9 +20,7 @@ use crate::sequence::{EngineEvent, Sequence, SequenceId, SequenceRequest, StepEv
 use crate::speculation::{Speculation, StepCosts, decode_rows_max};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
-/// How long a step with prompt tokens should take while others wait for their next token.
-const STEP_TARGET: Duration = Duration::from_millis(300);
-/// How long it may take while nobody does: longer steps read the weights less often, and need more memory. A cancel and a
+/// How long a step with prompt tokens may take while nobody waits for the next token: longer steps read the weights less often, and need more memory. A cancel and a
 /// heartbeat have to fit between steps.
 const STEP_TARGET_ALONE: Duration = Duration::from_secs(1);
 /// Prompt tokens in a step before the speed of this machine is known.
@@ -45,6 +43,8 @@ pub struct EngineOptions {
     pub max_batch: usize,
     /// Prompt tokens in one step, at most.
     pub prefill_chunk: usize,
+    /// How long a step with prompt tokens should take while others wait for their next token.
+    pub prefill_time: Duration,
     /// What keys and values are stored as.
     pub kv_type: KvType,
     /// Guess tokens from the text so far where it pays. Changes no answer.
@@ -146,6 +146,7 @@ pub struct Engine {
     n_ctx: usize,
     max_batch: usize,
     chunk: ChunkSize,
+    prefill_time: Duration,
     costs: StepCosts,
     speculation: Speculation,
     sampling: SamplerScratch,
@@ -200,6 +201,7 @@ impl Engine {
             n_ctx,
             max_batch: options.max_batch,
             chunk: ChunkSize::new(options.prefill_chunk),
+            prefill_time: options.prefill_time,
             costs: StepCosts::new(options.max_batch),
             speculation: options.speculation,
             sampling: SamplerScratch::new(n_vocab, n_ctx),
@@ -388,7 +390,7 @@ impl Engine {
         order.clear();
         order.extend((0..running.len()).filter(|index| running[*index].is_prefilling()));
         let is_anyone_decoding = order.len() < running.len();
-        let target = if is_anyone_decoding { STEP_TARGET } else { STEP_TARGET_ALONE };
+        let target = if is_anyone_decoding { self.prefill_time } else { STEP_TARGET_ALONE };
         let mut chunk = self.chunk.rows(target, running.len() - order.len());
         for (index, sequence) in running.iter_mut().enumerate() {
             sequence.guesser.clear();
@@ -560,6 +562,8 @@ impl ChunkSize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const STEP_TARGET: Duration = Duration::from_millis(300);
 
     #[test]
     fn chunks_grow_on_a_fast_machine_and_shrink_on_a_slow_one() {

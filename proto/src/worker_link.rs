@@ -80,6 +80,8 @@ pub struct WorkerSetup {
     pub max_batch: u32,
     /// Prompt tokens processed in one step, at most.
     pub prefill_chunk: u32,
+    /// Milliseconds of a step with prompt tokens while others wait for their next token, about.
+    pub prefill_ms: u32,
     /// `auto`, or the name of an instruction set.
     pub isa: String,
     /// `auto`, or the type of the output head.

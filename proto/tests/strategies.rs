@@ -216,6 +216,7 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
                 ctx: n.1,
                 max_batch: n.2,
                 prefill_chunk: n.3,
+                prefill_ms: n.3,
                 isa: "auto".into(),
                 head: "auto".into(),
                 kv_type: "f16".into(),

@@ -117,6 +117,7 @@ pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlac
         ctx: engine.ctx.unwrap_or(0),
         max_batch: engine.max_batch,
         prefill_chunk: engine.prefill_chunk,
+        prefill_ms: u32::try_from(engine.prefill_time.as_millis()).unwrap_or(u32::MAX),
         isa: engine.isa.clone(),
         head: head.into(),
         kv_type: engine.kv_type.clone(),

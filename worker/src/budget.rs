@@ -223,6 +223,7 @@ mod tests {
             ctx,
             max_batch,
             prefill_chunk: 256,
+            prefill_ms: 300,
             isa: "auto".into(),
             head: "auto".into(),
             kv_type: "f16".into(),

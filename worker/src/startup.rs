@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitnetd_engine::chat::{ChatError, ChatTemplate};
 use bitnetd_engine::fast_image::{FastImageBuilder, FastParts};
@@ -188,6 +188,7 @@ pub(crate) fn start(setup: &WorkerSetup, memories: Memories) -> Result<Started, 
         n_ctx: Some(n_ctx),
         max_batch: setup.max_batch as usize,
         prefill_chunk: setup.prefill_chunk as usize,
+        prefill_time: Duration::from_millis(setup.prefill_ms.into()),
         kv_type,
         speculation: if setup.speculation == "off" { Speculation::Off } else { Speculation::Auto },
     };

@@ -194,6 +194,8 @@ pub(crate) fn main(args: &BatchArgs, log: &LogArgs) -> Result<ExitCode, CliError
         let max_batch = config.engine.max_batch;
         config.log.level = logging::worker_filter(log);
         // We bound what is in flight ourselves, one job for each place.
+        // Nobody reads along, token by token.
+        config.engine.prefill_time = Duration::from_secs(1);
         config.queue = QueueConfig { max_jobs: 8192, max_per_client: 8192, ..config.queue };
         Local::with(config, async |local| {
             if !batch.quiet {

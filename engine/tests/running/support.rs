@@ -69,6 +69,7 @@ pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
         n_ctx: None,
         max_batch: setting.max_batch,
         prefill_chunk: setting.prefill_chunk,
+        prefill_time: Duration::from_millis(300),
         speculation: setting.speculation,
         kv_type: setting.kv_type,
     };
