@@ -14,7 +14,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -308,6 +308,8 @@ pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<(Child, UnixStream), SpawnEr
 #[derive(Clone, Copy)]
 struct ChildSetup {
     parent: Pid,
+    /// Of the descriptors that not every worker has, those that this one does not.
+    unused: [Option<RawFd>; 2],
     /// `None` leaves the affinity as it is.
     cpus: Option<CpuSet>,
     memory: Option<MemoryPolicy>,
@@ -336,7 +338,11 @@ impl ChildSetup {
         let limits = spec.is_locked.then(|| getrlimit(Resource::RLIMIT_MEMLOCK)).transpose();
         let locked_max = limits.unwrap_or_default().map(|(_soft, hard)| hard);
         let (nice, scheduler) = (spec.nice, spec.scheduler);
-        Ok(Self { parent: getpid(), cpus, memory, nice, scheduler, locked_max })
+        let unused = [
+            spec.copy.is_none().then_some(WORKER_COPY_FD),
+            spec.image.kept().is_none().then_some(WORKER_KEPT_FD),
+        ];
+        Ok(Self { parent: getpid(), unused, cpus, memory, nice, scheduler, locked_max })
     }
 
     /// Runs in the child, between fork and exec.
@@ -345,7 +351,7 @@ impl ChildSetup {
         if getppid() != self.parent {
             return Err(Errno::ESRCH.into()); // The parent died before the line above.
         }
-        close_others_at_exec()?;
+        close_others_at_exec(self.unused)?;
         if let Some(cpus) = &self.cpus {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
@@ -373,11 +379,18 @@ impl ChildSetup {
 }
 
 /// Whatever else the supervisor was started with (a shell's stray descriptors, say) is none of a worker's business.
-fn close_others_at_exec() -> io::Result<()> {
-    const FIRST: libc::c_uint = WORKER_KEPT_FD.unsigned_abs() + 1;
+fn close_others_at_exec(unused: [Option<RawFd>; 2]) -> io::Result<()> {
+    let beyond = (WORKER_KEPT_FD.unsigned_abs() + 1, libc::c_uint::MAX);
+    let ranges = unused.into_iter().flatten().map(|fd| (fd.unsigned_abs(), fd.unsigned_abs()));
+    for (first, last) in std::iter::once(beyond).chain(ranges) {
+        close_range_at_exec(first, last)?;
+    }
+    Ok(())
+}
+
+fn close_range_at_exec(first: libc::c_uint, last: libc::c_uint) -> io::Result<()> {
     // SAFETY: The call takes three numbers and only marks descriptors of this process; none is closed before exec.
-    let result =
-        unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_CLOEXEC) };
     match Errno::result(result) {
         // A kernel before 5.11: our own descriptors are marked anyway.
         Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL | Errno::EPERM) => Ok(()),

@@ -88,6 +88,31 @@ fn every_thread_of_every_worker_is_confined() {
 }
 
 #[test]
+fn stray_files_of_whoever_starts_the_daemon_do_not_reach_a_worker() {
+    let folder = Folder::new();
+    folder.write("stray", "x");
+    let program = env!("CARGO_BIN_EXE_bitnetd");
+    let script =
+        format!("exec 5<stray 7<stray 8<stray 9<stray {program} serve --socket ./bitnetd.sock 2>>log");
+    let daemon = Daemon::adopt(&folder, folder.shell(&script));
+    let files = |pid: u32| -> Vec<String> {
+        let links =
+            fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|fd| fs::read_link(fd.unwrap().path()));
+        links.filter_map(|link| Some(link.ok()?.display().to_string())).collect()
+    };
+    let is_stray = |file: &String| file.ends_with("/stray");
+    assert_eq!(
+        files(daemon.status().unwrap().pid).iter().filter(|file| is_stray(file)).count(),
+        4,
+        "the daemon has them"
+    );
+    for pid in daemon.workers() {
+        let files = files(pid);
+        assert!(!files.is_empty() && !files.iter().any(is_stray), "{files:?}");
+    }
+}
+
+#[test]
 fn a_worker_may_write_the_fast_image_and_no_byte_more() {
     let folder = Folder::new();
     folder.write("c.toml", "[model]\nhead = \"fast\"\n[split]\nworkers = 2\nthreads = 1\n");
