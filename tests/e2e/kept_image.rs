@@ -29,6 +29,9 @@ fn daemon(folder: &Folder, config: &str) -> (Daemon, StatusReport) {
     let daemon = Daemon::start(folder, line.trim_start_matches("serve "));
     let report = wait_for("the image is settled", || {
         let settled = |report: &StatusReport| {
+            // A worker that has given it up would be waited for in vain.
+            let log = daemon.log(folder);
+            assert!(!log.contains("no fast image"), "{log}");
             let is_used = report.slots.iter().all(|slot| slot.load.image.is_used());
             let kept = report.kept_image.as_ref().map(|kept| kept.state);
             is_used && !matches!(kept, Some(KeptImageState::Absent | KeptImageState::Writing))
