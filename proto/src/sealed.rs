@@ -20,7 +20,24 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// What fcntl(2) says: `EINVAL` for what is no memory file, `EPERM` for one that may not be sealed or is open read-only,
 /// `EBUSY` if it stays mapped for writing.
 pub fn seal(memory: impl AsFd) -> Result<(), Errno> {
-    while_busy(PAUSE, || fcntl(&memory, FcntlArg::F_ADD_SEALS(all())).map(drop))
+    while_busy(PAUSE, || seal_once(&memory))
+}
+
+/// The same, but the kernel is asked once. False if it is busy: somebody who has other things to do asks again later.
+///
+/// # Errors
+///
+/// As [`seal`], but for `EBUSY`.
+pub fn try_seal(memory: impl AsFd) -> Result<bool, Errno> {
+    match seal_once(memory) {
+        Ok(()) => Ok(true),
+        Err(Errno::EBUSY) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn seal_once(memory: impl AsFd) -> Result<(), Errno> {
+    fcntl(memory, FcntlArg::F_ADD_SEALS(all())).map(drop)
 }
 
 fn while_busy(pause: Duration, mut attempt: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
@@ -67,7 +84,7 @@ mod tests {
     fn what_is_sealed_can_not_be_changed() {
         let mut file = memory();
         assert!(!is_sealed(&file).unwrap());
-        seal(&file).unwrap();
+        assert_eq!(try_seal(&file), Ok(true));
         assert!(is_sealed(&file).unwrap());
         assert!(file.write_all(b"more").is_err() && file.set_len(1).is_err());
     }
@@ -76,6 +93,7 @@ mod tests {
     fn what_is_no_memory_is_refused() {
         let file = File::open("/proc/self/exe").unwrap();
         assert!(seal(&file).is_err());
+        assert!(try_seal(&file).is_err());
         assert!(is_sealed(&file).is_err());
     }
 

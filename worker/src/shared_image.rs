@@ -17,7 +17,7 @@ use bitnetd_engine::Engine;
 use bitnetd_engine::fast_image::{FastImage, FastImageBuilder, FastImageError, FastParts};
 use bitnetd_engine::mapping::{LockPages, Mapping, MappingError, MappingMut, lock};
 use bitnetd_proto::kept::Kept;
-use bitnetd_proto::sealed::{is_sealed, seal};
+use bitnetd_proto::sealed::{is_sealed, try_seal};
 use bitnetd_proto::worker_link::ImageState;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -58,6 +58,8 @@ enum State {
     Reading(File, FastParts, Box<KeptReader>),
     /// This worker is at it.
     Making(File, FastParts, Box<FastImageBuilder>),
+    /// It is whole, made or read here, and not sealed yet: the kernel was busy with a page of it.
+    Sealing(File, ImageState),
     /// Taken up, made here or not.
     Used(ImageState),
     /// Not wanted, or given up.
@@ -103,7 +105,7 @@ impl SharedImage {
     pub(crate) fn state(&self) -> ImageState {
         match &self.state {
             State::Open(..) => ImageState::Waiting,
-            State::Reading(..) | State::Making(..) => ImageState::Making,
+            State::Reading(..) | State::Making(..) | State::Sealing(..) => ImageState::Making,
             State::Used(state) => *state,
             State::Over => ImageState::None,
         }
@@ -114,9 +116,9 @@ impl SharedImage {
         if matches!(self.state, State::Over) { 0 } else { self.n_bytes }
     }
 
-    /// True if it takes no more than reading a file.
+    /// True if it takes no more than reading a file, or sealing what is there.
     pub(crate) fn is_kept(&self) -> bool {
-        matches!(self.state, State::Open(_, _, Some(_)) | State::Reading(..))
+        matches!(self.state, State::Open(_, _, Some(_)) | State::Reading(..) | State::Sealing(..))
     }
 
     /// Works on it for about `time`, if there is anything to do.
@@ -177,16 +179,15 @@ impl SharedImage {
                 }
                 self.tell(builder.huge_page_bytes(), "the fast image is made");
                 drop(builder);
-                seal(&file).map_err(SharedImageError::Seal)?;
-                self.take_up(file, ImageState::Made, engine)
+                self.seal(file, ImageState::Made, engine)
             }
+            State::Sealing(file, origin) => self.seal(file, origin, engine),
             State::Reading(file, parts, mut reader) => match reader.advance(engine, time) {
                 Ok(false) => Ok((State::Reading(file, parts, reader), Left::Work)),
                 Ok(true) => {
                     self.tell(reader.huge_page_bytes(), "the fast image is read from disk");
                     drop(reader);
-                    seal(&file).map_err(SharedImageError::Seal)?;
-                    self.take_up(file, ImageState::Read, engine)
+                    self.seal(file, ImageState::Read, engine)
                 }
                 Err(error) => {
                     tracing::warn!(
@@ -198,6 +199,21 @@ impl SharedImage {
                 }
             },
         }
+    }
+
+    /// Seals what is whole, and takes it up. On a machine that is short of CPU time the kernel can be busy with a page for long, so it
+    /// is not waited for: steps go on, and it is asked again before one of the next.
+    fn seal(
+        &mut self,
+        file: File,
+        origin: ImageState,
+        engine: &mut Engine,
+    ) -> Result<(State, Left), SharedImageError> {
+        if try_seal(&file).map_err(SharedImageError::Seal)? {
+            return self.take_up(file, origin, engine);
+        }
+        tracing::debug!("the kernel is busy with the fast image: it is sealed later");
+        Ok((State::Sealing(file, origin), Left::Wait))
     }
 
     fn tell(&self, (n_bytes, n_refused): (usize, usize), what: &'static str) {
@@ -269,5 +285,64 @@ fn try_lock(file: &File) -> Result<bool, SharedImageError> {
         Ok(_) => Ok(true),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
         Err(error) => Err(whole(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use bitnetd_engine::engine::EngineOptions;
+    use bitnetd_engine::gguf::Gguf;
+    use bitnetd_engine::kernels::KernelSet;
+    use bitnetd_engine::kv::KvType;
+    use bitnetd_engine::model::Model;
+    use bitnetd_engine::pool::Wait;
+    use bitnetd_engine::speculation::Speculation;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    fn engine() -> Engine {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/story.gguf");
+        let gguf = Gguf::parse(Arc::new(Mapping::open(&path).unwrap())).unwrap();
+        let options = EngineOptions {
+            cpus: vec![None],
+            wait: Wait::Hybrid,
+            thread_name: "test".into(),
+            kernels: KernelSet::detect(),
+            n_ctx: None,
+            max_batch: 1,
+            prefill_chunk: 16,
+            prefill_time: Duration::from_millis(300),
+            speculation: Speculation::Off,
+            kv_type: KvType::F16,
+        };
+        Engine::new(Arc::new(Model::load(Arc::new(gguf)).unwrap()), options).unwrap()
+    }
+
+    /// Somebody else's mapping keeps the kernel from sealing, as a page in use does.
+    #[test]
+    fn a_memory_that_is_busy_for_long_is_sealed_later() {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let memory = memfd_create(c"test", flags).unwrap();
+        let ours = memory.try_clone().unwrap();
+        let parts = FastParts { ternary: true, head: true };
+        let mut engine = engine();
+        let mut image = SharedImage::new((memory, None), (parts, 0), HugePages::Off, false);
+        assert_eq!(image.advance(&mut engine, Duration::ZERO), Left::Work, "it is begun");
+        let mapping = MappingMut::new(&ours, 4096).unwrap();
+        let mut left = Left::Work;
+        while left == Left::Work {
+            left = image.advance(&mut engine, Duration::from_millis(5));
+        }
+        for _ in 0..3 {
+            assert_eq!((left, image.state()), (Left::Wait, ImageState::Making));
+            left = image.advance(&mut engine, Duration::from_millis(5));
+        }
+        drop(mapping);
+        assert_eq!(image.advance(&mut engine, Duration::from_millis(5)), Left::Nothing);
+        assert_eq!(image.state(), ImageState::Made);
+        assert!(is_sealed(&ours).unwrap());
     }
 }
