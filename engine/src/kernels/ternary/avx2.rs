@@ -1,13 +1,15 @@
 //! 256-bit registers: AVX2, and `vpdpbusd` where the CPU has it.
 //!
-//! Four rows at a time. One token is multiplied with codes straight out of memory; for more, 16 rows are
-//! unpacked once, and a few tokens share every load of codes. Only the instruction that adds up products differs
+//! Four rows at a time. One token is multiplied with codes straight out of memory, and so are up to eight ([`few`]); for more, and for scales in
+//! every block, 16 rows are unpacked once, and some tokens share every load of codes. Only the instruction that adds up products differs
 //! ([`Products`]); everything around it is inlined into a function compiled for each.
 
 #![expect(unsafe_code, reason = "vector instructions, and rows of an output that threads share")]
 
 use std::arch::x86_64::*;
 use std::ops::Range;
+
+mod few; // Up to eight tokens.
 
 use super::packed::{PackedRows, RowsJob};
 use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
@@ -160,6 +162,18 @@ fn matmul_by<P: Products, const REVERSED: bool, const N_MAX: usize>(
     acts: &QuantizedRows,
     unpacked: &mut Vec<Line>,
 ) {
+    if !job.has_block_scales() {
+        match acts.n_rows() {
+            2 => return few::matmul::<P, 4, 2>(products, job, acts),
+            3 => return few::matmul::<P, 2, 3>(products, job, acts),
+            4 => return few::matmul::<P, 2, 4>(products, job, acts),
+            5 => return few::matmul::<P, 1, 5>(products, job, acts),
+            6 => return few::matmul::<P, 1, 6>(products, job, acts),
+            7 => return few::matmul::<P, 1, 7>(products, job, acts),
+            few::FEW_MAX => return few::matmul::<P, 1, { few::FEW_MAX }>(products, job, acts),
+            _ => {}
+        }
+    }
     let tile_lines = TILE_ROWS * job.rows.n_blocks() * BLOCK_LINES;
     if unpacked.len() < tile_lines {
         unpacked.resize(tile_lines, Line([0; 64]));
