@@ -98,6 +98,8 @@ pub struct WorkerSetup {
     pub mlock: bool,
     /// How many workers there are; each takes its own memory for keys and values.
     pub n_workers: u32,
+    /// Compute threads of all workers together.
+    pub n_threads: u32,
     /// How often the model is in memory, for all workers together.
     pub n_copies: u32,
     /// Whether there is memory for a copy of the model at [`WORKER_COPY_FD`], which is to be read instead of the image.

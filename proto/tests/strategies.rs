@@ -225,6 +225,7 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
                 speculation: "auto".into(),
                 mlock: n.0 % 2 == 0,
                 n_workers: 3,
+                n_threads: n.2,
                 n_copies: n.1,
                 has_copy: n.1 % 2 == 0,
                 memory_bytes: 1 << 33,

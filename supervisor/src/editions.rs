@@ -75,6 +75,7 @@ impl Editions {
         // How many others there are, and what all may take together, matters only when a worker starts.
         let settings = |number, spec: &ServiceSpec, place: &WorkerPlacement| WorkerSetup {
             n_workers: 0,
+            n_threads: 0,
             n_copies: 0,
             memory_bytes: 0,
             ..report::worker_setup(number, spec, place)

@@ -110,6 +110,7 @@ pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlac
         HeadChoice::File => "file",
         HeadChoice::Fast => "fast",
     };
+    let n_threads: usize = spec.plan.workers.iter().map(|worker| worker.cpus.len()).sum();
     WorkerSetup {
         slot,
         cpus: placement.cpus.clone(),
@@ -126,6 +127,7 @@ pub(crate) fn worker_setup(slot: u32, spec: &ServiceSpec, placement: &WorkerPlac
         speculation: engine.speculation.clone(),
         mlock: engine.mlock,
         n_workers: u32::try_from(spec.plan.workers.len()).unwrap_or(u32::MAX),
+        n_threads: u32::try_from(n_threads).unwrap_or(u32::MAX),
         n_copies: u32::try_from(spec.plan.n_copies()).unwrap_or(u32::MAX),
         has_copy: placement.copy_node.is_some(),
         memory_bytes: spec.memory_bytes.unwrap_or(0),

@@ -11,9 +11,11 @@ use bitnetd_engine::kv::{KvShape, KvType, pages_for};
 use bitnetd_engine::model::HyperParams;
 use bitnetd_proto::worker_link::WorkerSetup;
 
-/// Of a worker, beside keys, values, and what grows with its options: tokenizer, norms, tables and panels of the kernels, the
-/// screen of the head, sampling, its share of the program.
+/// Of a worker with one thread, beside keys, values, and what grows with its options: tokenizer, norms, tables and panels of the
+/// kernels, the screen of the head, sampling, its share of the program.
 const BUFFERS_BYTES: u64 = 20 << 20;
+/// Of each other thread: tables and panels, which are the largest with AVX2 (3.9 MB measured).
+const THREAD_BYTES: u64 = 4 << 20;
 /// A window that nobody asked for is not made shorter than this.
 const CTX_MIN: usize = 512;
 
@@ -115,8 +117,9 @@ impl Need<'_> {
 
     fn buffers_bytes(&self) -> u64 {
         let [max_batch, chunk] = [self.setup.max_batch, self.setup.prefill_chunk].map(|n| n as usize);
-        let buffers = buffer_bytes(self.hparams, max_batch, chunk);
-        buffers.saturating_add(BUFFERS_BYTES).saturating_mul(self.n_workers())
+        let buffers = buffer_bytes(self.hparams, max_batch, chunk).saturating_add(BUFFERS_BYTES);
+        let n_others = u64::from(self.setup.n_threads).saturating_sub(self.n_workers());
+        buffers.saturating_mul(self.n_workers()).saturating_add(n_others.saturating_mul(THREAD_BYTES))
     }
 
     fn n_workers(&self) -> u64 {
@@ -235,6 +238,7 @@ mod tests {
             n_copies: 1,
             has_copy: false,
             n_workers,
+            n_threads: n_workers,
             memory_bytes,
         }
     }
@@ -310,6 +314,17 @@ mod tests {
         let more = long.buffers_bytes - short.buffers_bytes;
         assert!(more > 2 * (8192 - 256) * row && more < 4 * (8192 - 256) * row, "{more} for rows of {row}");
         assert_eq!(long.needed_bytes - short.needed_bytes, more);
+    }
+
+    #[test]
+    fn the_tables_of_many_threads_are_counted() {
+        let refusal = |n_threads| {
+            let setup = WorkerSetup { n_threads, ..setup(3, 8, 4096, 1) };
+            context(&hparams(), (&setup, KvType::F16), MODEL).unwrap_err()
+        };
+        let (one, twelve) = (refusal(3), refusal(36));
+        assert_eq!(twelve.buffers_bytes - one.buffers_bytes, 33 * THREAD_BYTES);
+        assert_eq!(twelve.needed_bytes - one.needed_bytes, 33 * THREAD_BYTES);
     }
 
     #[test]
