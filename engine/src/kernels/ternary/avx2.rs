@@ -1,7 +1,7 @@
 //! 256-bit registers: AVX2, and `vpdpbusd` where the CPU has it.
 //!
-//! Four rows at a time. One token is multiplied with codes straight out of memory, and so are up to eight ([`few`]); for more, and for scales in
-//! every block, 16 rows are unpacked once, and some tokens share every load of codes. Only the instruction that adds up products differs
+//! Four rows at a time. One token is multiplied with codes straight out of memory ([`one`]), and so are up to eight ([`few`]); for more, and for
+//! scales in every block, 16 rows are unpacked once, and some tokens share every load of codes. Only the instruction that adds up products differs
 //! ([`Products`]); everything around it is inlined into a function compiled for each.
 
 #![expect(unsafe_code, reason = "vector instructions, and rows of an output that threads share")]
@@ -10,6 +10,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 mod few; // Up to eight tokens.
+mod one; // A single one.
 
 use super::packed::{PackedRows, RowsJob};
 use super::quantized_rows::{BLOCK_COLS, BLOCK_LINES, Line};
@@ -164,6 +165,7 @@ fn matmul_by<P: Products, const REVERSED: bool, const N_MAX: usize>(
 ) {
     if !job.has_block_scales() {
         match acts.n_rows() {
+            1 => return one::matmul(products, job, acts),
             2 => return few::matmul::<P, 4, 2>(products, job, acts),
             3 => return few::matmul::<P, 2, 3>(products, job, acts),
             4 => return few::matmul::<P, 2, 4>(products, job, acts),

@@ -88,12 +88,15 @@ impl<'a> PackedRows<'a> {
         self.row_bytes
     }
 
-    /// Where `N` rows start; past the end of the matrix its last row again.
+    /// Where a row starts; past the end of the matrix its last row again.
+    #[inline(always)]
+    pub(super) fn start(&self, row: usize) -> *const u8 {
+        self.bytes[row.min(self.n_rows - 1) * self.row_bytes..].as_ptr()
+    }
+
+    /// Where `N` rows start.
     pub(super) fn starts<const N: usize>(&self, first: usize) -> [*const u8; N] {
-        std::array::from_fn(|i| {
-            let row = (first + i).min(self.n_rows - 1);
-            self.bytes[row * self.row_bytes..].as_ptr()
-        })
+        std::array::from_fn(|i| self.start(first + i))
     }
 }
 
