@@ -10,15 +10,18 @@ use bitnetd_engine::dense::{DenseFormat, DenseMatrix};
 use bitnetd_engine::head::{FastHead, Wanted};
 use bitnetd_engine::kernels::KernelSet;
 use bitnetd_engine::kernels::float::{
-    AttentionRow, AttentionScratch, AttentionShape, F16Layer, KV_BLOCK_LEN, KV_PAGE_TOKENS, KvLayer, Q8Layer,
+    Activation, AttentionRow, AttentionScratch, AttentionShape, F16Layer, KV_BLOCK_LEN, KV_PAGE_TOKENS,
+    KvLayer, Q8Layer, RopeStyle, RopeTable,
 };
 use bitnetd_engine::kernels::head::FastHeadScratch;
 use bitnetd_engine::kernels::probe::read_bandwidth;
+use bitnetd_engine::kernels::ternary::QuantizedRows;
 use bitnetd_engine::pool::{PoolOptions, ThreadPool};
 use half::f16;
 
 const N_VOCAB: usize = 128_256;
 const N_EMBD: usize = 2560;
+const N_FF: usize = 6912;
 
 fn main() {
     let threads = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect::<Vec<usize>>();
@@ -28,6 +31,7 @@ fn main() {
         println!("{n_threads} threads, {}", KernelSet::detect().isa());
         heads(&pool);
         attention(&pool);
+        elementwise(&pool);
     }
 }
 
@@ -108,6 +112,38 @@ fn heads(pool: &ThreadPool) {
         let seconds =
             median(7, || kernels.fast_head(pool, (&fast, &w), (x, &wanted[..n]), &mut scratch, out));
         report("screened", n, image.len() / 2, seconds);
+    }
+}
+
+/// Norms, the gated unit and rounding to int8, rotation of positions: a token alone, and a step of a prompt.
+fn elementwise(pool: &ThreadPool) {
+    let kernels = KernelSet::detect();
+    let (n_heads, head_dim) = (20, 128);
+    let mut rope = RopeTable::new(4096, head_dim, 500_000.0, None);
+    rope.reach(4095);
+    for n in [1, 256] {
+        let noise = |len: usize| -> Vec<f32> {
+            noise_bytes(n * len).into_iter().map(|b| (f32::from(b) - 127.5) / 73.0).collect()
+        };
+        let report = |name: &str, len: usize, seconds: f64| {
+            let rate = (n * len) as f64 / seconds / 1e9;
+            println!("  {name}, {n} rows: {:.2} us a row, {rate:.2} G elements/s", seconds * 1e6 / n as f64);
+        };
+        let (x, up, weight) = (noise(N_FF), noise(N_FF), vec![1.0; N_FF]);
+        let mut acts = QuantizedRows::new(n, N_FF);
+        acts.reset(n, N_EMBD);
+        let norm = Some((&weight[..N_EMBD], 1e-5));
+        let seconds = median(99, || kernels.norm_quantize(pool, &x[..n * N_EMBD], norm, &mut acts));
+        report("RMSNorm and rounding", N_EMBD, seconds);
+        acts.reset(n, N_FF);
+        let (act, norm) = (Activation::ReluSquared, Some((&weight[..], 1e-5)));
+        let seconds = median(99, || kernels.glu_norm_quantize(pool, act, [&x, &up], norm, &mut acts));
+        report("relu^2, gate, RMSNorm and rounding", N_FF, seconds);
+        let mut q = noise(n_heads * head_dim);
+        let positions: Vec<u32> = (1000..).take(n).collect();
+        let style = RopeStyle::Neox;
+        let seconds = median(99, || kernels.rope_rows(pool, &mut q, n_heads, &rope, &positions, style));
+        report("RoPE", n_heads * head_dim, seconds);
     }
 }
 

@@ -14,7 +14,7 @@
 
 use std::cell::Cell;
 
-use bitnetd_engine::kernels::ternary::{LookupMatrix, MatmulJob, QuantizedRows, Store};
+use bitnetd_engine::kernels::ternary::{ColumnMatrix, LookupMatrix, MatmulJob, QuantizedRows, Store};
 use bitnetd_engine::kernels::{Isa, KernelSet, probe};
 use bitnetd_engine::pool::{PoolOptions, ThreadPool, Wait};
 use bitnetd_engine::ternary::{TernaryFormat, TernaryMatrix, i2_s_trailer};
@@ -49,22 +49,66 @@ fn i2_s_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, shape: (usize, 
     matmul(bencher, TernaryFormat::I2S, shape, 1, N_THREADS);
 }
 
-/// The same products by tables.
+/// The same products by tables, where the instruction set has them; otherwise from the file.
 #[divan::bench(args = SHAPES, consts = THREADS)]
-fn lookup_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, (n_rows, n_cols): (usize, usize)) {
+fn lookup_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>, shape: (usize, usize)) {
+    with_lookup::<N_THREADS>(bencher, shape, 1);
+}
+
+/// Products and tables at once.
+#[divan::bench(args = SHAPES, consts = THREADS, sample_count = 20)]
+fn lookup_prefill<const N_THREADS: usize>(bencher: Bencher<'_, '_>, shape: (usize, usize)) {
+    with_lookup::<N_THREADS>(bencher, shape, 512);
+}
+
+/// The down projection by columns, of which a third counts (bytes and products are those of all), where the
+/// instruction set has them; otherwise from the file.
+#[divan::bench(consts = THREADS)]
+fn columns_decode<const N_THREADS: usize>(bencher: Bencher<'_, '_>) {
+    let (n_rows, n_cols) = (2560, 6912);
+    let (kernels, pool) = (KernelSet::detect(), pool(N_THREADS));
+    let n_bytes = n_cols * ColumnMatrix::column_bytes_of(n_rows);
+    let weights = vec![0x24; WEIGHTS_BYTES / n_bytes * n_bytes];
+    let mut next = weights.chunks_exact(n_bytes).cycle();
+    let file = i2_s_file(n_rows, n_cols);
+    let matrix = TernaryMatrix::new(TernaryFormat::I2S, &file, n_rows, n_cols).unwrap();
+    let mut acts = QuantizedRows::new(1, n_cols);
+    acts.reset(1, n_cols);
+    let values: Vec<i8> = [5, 0, 0].into_iter().cycle().take(n_cols).collect();
+    acts.set_row(0, &values, 1.0);
+    let mut out = vec![0.0; n_rows];
+    bencher.counter(BytesCount::new(n_bytes)).counter(ItemsCount::new(n_rows * n_cols)).bench_local(|| {
+        let columns = ColumnMatrix::new(next.next().unwrap(), n_rows, n_cols);
+        let job = MatmulJob::new(matrix, &mut out, Store::Set);
+        kernels.ternary_sparse(&pool, &acts, job, columns)
+    });
+}
+
+/// A matrix as files have it.
+fn i2_s_file(n_rows: usize, n_cols: usize) -> Vec<u8> {
+    let mut file = vec![0x24; TernaryFormat::I2S.n_bytes(n_rows, n_cols).unwrap()];
+    let at = file.len() - i2_s_trailer(1.0).len();
+    file[at..].copy_from_slice(&i2_s_trailer(1.0));
+    file
+}
+
+fn with_lookup<const N_THREADS: usize>(
+    bencher: Bencher<'_, '_>,
+    (n_rows, n_cols): (usize, usize),
+    n_tokens: usize,
+) {
     let (kernels, pool) = (KernelSet::detect(), pool(N_THREADS));
     let n_bytes = LookupMatrix::bytes_of(n_rows, n_cols);
     let weights = vec![0x24; WEIGHTS_BYTES / n_bytes * n_bytes];
     let mut next = weights.chunks_exact(n_bytes).cycle();
-    let mut file = vec![0x24; TernaryFormat::I2S.n_bytes(n_rows, n_cols).unwrap()];
-    let at = file.len() - i2_s_trailer(1.0).len();
-    file[at..].copy_from_slice(&i2_s_trailer(1.0));
+    let file = i2_s_file(n_rows, n_cols);
     let matrix = TernaryMatrix::new(TernaryFormat::I2S, &file, n_rows, n_cols).unwrap();
-    let mut acts = QuantizedRows::new(1, n_cols);
-    acts.reset(1, n_cols);
-    acts.set_row(0, &vec![3; n_cols], 1.0);
-    let mut out = vec![0.0; n_rows];
-    bencher.counter(BytesCount::new(n_bytes)).counter(ItemsCount::new(n_rows * n_cols)).bench_local(|| {
+    let mut acts = QuantizedRows::new(n_tokens, n_cols);
+    acts.reset(n_tokens, n_cols);
+    (0..n_tokens).for_each(|token| acts.set_row(token, &vec![3; n_cols], 1.0));
+    let mut out = vec![0.0; n_tokens * n_rows];
+    let items = ItemsCount::new(n_rows * n_cols * n_tokens);
+    bencher.counter(BytesCount::new(n_bytes)).counter(items).bench_local(|| {
         let lookup = LookupMatrix::new(next.next().unwrap(), n_rows, n_cols);
         let job = MatmulJob::new(matrix, &mut out, Store::Set).with_lookup(lookup);
         kernels.ternary_matmul(&pool, &acts, &mut [job]);

@@ -15,6 +15,7 @@ mod bench; // Rates, bounds and pictures.
 mod daemon; // `serve` and its clients.
 mod deaths; // Workers and supervisors that are killed.
 mod durable; // Jobs that survive everything.
+mod formats; // Every way that weights and heads are stored.
 mod journal; // The journal of systemd, with a stand-in.
 mod kept_image; // The fast image on disk.
 mod memory; // Copies of the model, and memory that is locked.
