@@ -1,15 +1,18 @@
 //! Sequences come, wait, are cancelled and end; their memory comes back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bitnetd_engine::SubmitError;
 use bitnetd_engine::convert::synth::{SynthOptions, synth};
 use bitnetd_engine::gguf::Gguf;
 use bitnetd_engine::inspect::ModelShape;
+use bitnetd_engine::kernels::float::KV_PAGE_TOKENS;
 use bitnetd_engine::mapping::Mapping;
 use bitnetd_engine::model::{Architecture, Model};
 use bitnetd_engine::sampler::SamplingParams;
 use bitnetd_engine::sequence::FinishReason;
+use bitnetd_engine::speculation::Speculation;
 
 use crate::support::{Setting, engine, request, run, story_model};
 
@@ -97,6 +100,83 @@ fn a_prompt_that_comes_again_is_read_from_the_cache_and_answers_the_same() {
     let (second, summary) = run(&mut engine).remove(&2).unwrap();
     assert!(summary.n_cached >= 32, "{summary:?}");
     assert_eq!(second, first);
+}
+
+#[test]
+fn prompts_that_push_each_other_out_of_the_cache_answer_as_if_alone() {
+    const N_JOBS: u64 = 60;
+    let model = story_model();
+    let texts =
+        ["The cat ran. ", "A big bird sat. ", "Tom had a ball. ", "Mom was sad. ", "It was a sunny day. "]
+            .map(|sentence| sentence.repeat(30));
+    let setting = Setting { max_batch: 2, ..Setting::default() };
+    let calm = texts.clone().map(|text| {
+        let mut engine = engine(&model, &setting);
+        let request = request(&engine, &text, 6, SamplingParams::default());
+        engine.submit(0, request).unwrap();
+        run(&mut engine).remove(&0).unwrap().0
+    });
+    let mut engine = engine(&model, &setting);
+    let n_pages = engine.n_pages_available();
+    let requests = texts.map(|text| request(&engine, &text, 6, SamplingParams::default()));
+    let n_full: usize = requests.iter().map(|request| request.prompt.len() / KV_PAGE_TOKENS).sum();
+    assert!(n_full > n_pages, "{n_full} pages of prompts have room in {n_pages}");
+    // Each three times in a row, and again when all others have been there.
+    let which = |id: u64| usize::try_from(id / 3 % 5).unwrap();
+    for id in 0..N_JOBS {
+        engine.submit(id, requests[which(id)].clone()).unwrap();
+    }
+    let answers = run(&mut engine);
+    let (mut n_hits, mut n_evicted) = (0, 0);
+    for (id, (answer, summary)) in &answers {
+        assert_eq!(answer, &calm[which(*id)], "job {id}, {} tokens from the cache", summary.n_cached);
+        let comes_again_late = *id >= 3 * 5 && id % 3 == 0;
+        n_hits += u32::from(summary.n_cached > 0);
+        n_evicted += u32::from(comes_again_late && summary.n_cached + KV_PAGE_TOKENS < summary.n_prompt);
+    }
+    assert_eq!(answers.len() as u64, N_JOBS);
+    assert!(
+        n_hits >= 5 && n_evicted >= 5,
+        "{n_hits} found something, {n_evicted} missed what had been there"
+    );
+    assert_eq!(engine.n_pages_available(), n_pages);
+}
+
+#[test]
+fn an_answer_gets_a_token_in_every_step_beside_a_prompt_that_is_cut_to_the_time_of_a_step() {
+    let model = story_model();
+    // No step is as short as that, so each may take one token of the prompt, on any machine.
+    let setting = Setting {
+        prefill_time: Duration::from_nanos(1),
+        speculation: Speculation::Off,
+        ..Setting::default()
+    };
+    let mut engine = engine(&model, &setting);
+    let mut answer = request(&engine, "Once upon a time", 200, SamplingParams::default());
+    answer.ignore_eos = true;
+    engine.submit(1, answer).unwrap();
+    let mut events = bitnetd_engine::StepEvents::new();
+    while engine.stats().decode_tokens == 0 {
+        engine.step(&mut events);
+    }
+    let mut long = request(&engine, "x", 1, SamplingParams::default());
+    long.prompt = (300..400).collect();
+    engine.submit(2, long).unwrap();
+    for step in 0..100 {
+        let before = engine.stats();
+        events.drain().for_each(drop);
+        engine.step(&mut events);
+        let after = engine.stats();
+        assert_eq!(after.prefill_tokens - before.prefill_tokens, 1, "step {step}");
+        let n_tokens = events
+            .drain()
+            .filter(|(event, _)| matches!(event, bitnetd_engine::EngineEvent::Token { id: 1, .. }))
+            .count();
+        assert_eq!(n_tokens, 1, "step {step}");
+    }
+    let before = engine.stats();
+    engine.step(&mut events);
+    assert_eq!(engine.stats().prefill_tokens, before.prefill_tokens, "the prompt has been read");
 }
 
 #[test]

@@ -37,6 +37,7 @@ pub(crate) struct Setting {
     pub(crate) n_threads: usize,
     pub(crate) max_batch: usize,
     pub(crate) prefill_chunk: usize,
+    pub(crate) prefill_time: Duration,
     pub(crate) speculation: Speculation,
     pub(crate) kv_type: KvType,
 }
@@ -48,6 +49,7 @@ impl Default for Setting {
             n_threads: 1,
             max_batch: 4,
             prefill_chunk: 64,
+            prefill_time: Duration::from_millis(300),
             speculation: Speculation::Always,
             kv_type: KvType::F16,
         }
@@ -69,7 +71,7 @@ pub(crate) fn engine(model: &Arc<Model>, setting: &Setting) -> Engine {
         n_ctx: None,
         max_batch: setting.max_batch,
         prefill_chunk: setting.prefill_chunk,
-        prefill_time: Duration::from_millis(300),
+        prefill_time: setting.prefill_time,
         speculation: setting.speculation,
         kv_type: setting.kv_type,
     };
