@@ -35,6 +35,9 @@ pub(super) const BLOCK_ROWS: usize = NOISE_LANES;
 /// The square of a smaller norm has lost digits.
 const NORM_MIN: f32 = 1e-15;
 
+/// Bytes of a cache line. A load across two lines takes the time of two: codes start with a line.
+const LINE: usize = 64;
+
 /// Blocks in a chunk of work.
 const CHUNK_BLOCKS: usize = 2;
 
@@ -42,7 +45,7 @@ const CHUNK_BLOCKS: usize = 2;
 #[derive(Debug)]
 pub(super) struct Screen {
     inputs: Vec<Input>,
-    codes: Vec<i8>,    // (n, padded_len)
+    codes: Vec<i8>,    // (n, padded_len), after what comes before a line
     rotated: Vec<f32>, // (padded_len)
     sums: Vec<i32>,    // (n, n_vocab): of the first half
     maxima: Vec<f32>,  // (n, n_blocks): of approximate scores
@@ -98,7 +101,7 @@ impl Screen {
     pub(super) fn new(n_rows_max: usize, n_vocab: usize, n_cols: usize) -> Self {
         Self {
             inputs: Vec::with_capacity(n_rows_max),
-            codes: vec![0; n_rows_max * padded_len(n_cols)],
+            codes: vec![0; n_rows_max * padded_len(n_cols) + LINE],
             rotated: vec![0.0; padded_len(n_cols)],
             sums: vec![0; n_rows_max * n_vocab],
             maxima: vec![0.0; n_rows_max * n_vocab.div_ceil(BLOCK_ROWS)],
@@ -110,7 +113,7 @@ impl Screen {
         let (padded_len, n_blocks) = (self.rotated.len(), n_vocab.div_ceil(BLOCK_ROWS));
         Screened {
             input: self.inputs[i],
-            codes: &self.codes[i * padded_len..][..padded_len],
+            codes: &self.codes[line_start(&self.codes) + i * padded_len..][..padded_len],
             sums: &self.sums[i * n_vocab..][..n_vocab],
             maxima: &self.maxima[i * n_blocks..][..n_blocks],
         }
@@ -131,6 +134,8 @@ impl KernelSet {
         let (n_vocab, n_cols) = (fast.n_rows(), fast.n_cols());
         let (n, n_blocks, padded_len) = (wanted.len(), n_vocab.div_ceil(BLOCK_ROWS), padded_len(n_cols));
         let Screen { inputs, codes, rotated, sums, maxima } = screen;
+        let start = line_start(codes);
+        let codes = &mut codes[start..][..n * padded_len];
         inputs.clear();
         for (x, codes) in x.chunks_exact(n_cols).zip(codes.chunks_exact_mut(padded_len)) {
             rotated[..n_cols].copy_from_slice(x);
@@ -141,7 +146,7 @@ impl KernelSet {
             fast,
             inputs,
             wanted,
-            codes: &codes[..n * padded_len],
+            codes,
             sums: &SharedOut::new(&mut sums[..n * n_vocab]),
             maxima: &SharedOut::new(&mut maxima[..n * n_blocks]),
             bounds: &SharedOut::new(bounds),
@@ -175,6 +180,11 @@ impl KernelSet {
             _ => scalar::sums(rows, x),
         }
     }
+}
+
+/// Where the first line of some bytes starts. They have room for one more.
+fn line_start(bytes: &[i8]) -> usize {
+    bytes.as_ptr().align_offset(LINE)
 }
 
 struct RoundInput<'a> {
